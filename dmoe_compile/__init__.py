@@ -1,0 +1,43 @@
+"""Mixture-of-experts routing for diffusion language models, as torch.compile passes.
+
+``torch.compile(model, backend="dmoe", options={"passes": ["dmoe"]})`` is the whole interface; the
+names below are the rest of it. They load on first use, so that importing the package stays cheap:
+the backend entry point is looked up by torch whenever anything lists its backends.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+_here = Path(__file__).parent
+if not (_here / "kernels").is_dir():  # a checkout: passes/ and kernels/ lie beside this package
+    __path__.append(str(_here.parent))
+
+if TYPE_CHECKING:
+    from dmoe_compile.backend import compile as compile
+    from dmoe_compile.config import Config as Config
+    from dmoe_compile.report import Report as Report
+    from dmoe_compile.report import explain as explain
+    from dmoe_compile.runtime import RoutingStats as RoutingStats
+    from dmoe_compile.runtime import routing_stats as routing_stats
+
+__version__ = "0.1.0"
+_HOME = {
+    "Config": "config",
+    "Report": "report",
+    "RoutingStats": "runtime",
+    "compile": "backend",
+    "explain": "report",
+    "routing_stats": "runtime",
+}
+__all__ = ["Config", "Report", "RoutingStats", "compile", "explain", "routing_stats"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,348 @@
+"""The torch.compile backend: normalise the graph, run the passes, hand it to Inductor.
+
+    no gradient needed:  Dynamo graph -> functional aten -> passes -> compile_fx
+    gradient needed:     Dynamo graph -> compile_fx, the passes run on AOTAutograd's joint graph
+
+Where nothing was rewritten, Inductor gets Dynamo's own graph: same code, same caches, same numbers as
+without this backend. A graph that can't be read is no error either: it compiles as Inductor would
+compile it, with one warning that says why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+from torch._logging import trace_structured
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from dmoe_compile.config import Config
+from dmoe_compile.passes import pipeline
+from dmoe_compile.passes.constrain import Settings
+from dmoe_compile.passes.pipeline import Findings
+from dmoe_compile.passes.sites import Sources
+from dmoe_compile.runtime import recorder
+
+log = logging.getLogger(__name__)
+
+_SELECTIONS = {"topk", "sort", "argsort", "argmax", "max"}
+_INPUT_META = ("tensor_dict", "grapharg")  # what AOTAutograd reads off Dynamo's placeholders: static inputs, sources
+
+
+def dmoe(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph; `torch.compile(model, backend="dmoe")` calls this.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs, real tensors and sizes.
+        mode: torch.compile's `mode=`.
+        options: torch.compile's `options=`, see Config.
+
+    Raises:
+        ValueError: for an option that Config refuses.
+    """
+    config = Config.from_options(options)
+    mode = mode or config.mode
+    patches = {**_mode_options(mode), **config.inductor}
+    if not config.passes and not config.stats:
+        _say_how_to_select()
+        return _inductor(gm, example_inputs, patches)
+    if _needs_gradient(example_inputs):
+        return _compile_joint(gm, example_inputs, config, patches)
+    return _compile_inference(gm, example_inputs, config, patches)
+
+
+def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: Any) -> Any:
+    """Return ``torch.compile(model, backend="dmoe")`` with options that are checked now, not at the first call.
+
+    Args:
+        model: a module or a function.
+        config: options; the default selects no pass.
+        **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, and `options` as a dict of flat keys, which
+            add to `config`.
+
+    Raises:
+        ValueError: for an option that Config refuses, or one given twice.
+    """
+    given = dict(torch_compile_kwargs.pop("options", None) or {})
+    mode = torch_compile_kwargs.pop("mode", None)
+    if mode is not None:
+        given["mode"] = mode
+    base = (config or Config()).to_options()
+    if twice := sorted(base.keys() & given.keys()):
+        raise ValueError(f"{', '.join(twice)}: given in config and as an argument; give each once")
+    merged = Config.from_options({**base, **given})
+    return torch.compile(model, backend="dmoe", options=merged.to_options() or None, **torch_compile_kwargs)
+
+
+def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, Sources]:
+    """Return Dynamo's graph as functional aten with the same inputs and outputs, and where the inputs come from.
+
+    Traced without gradients, under the fake mode that AOTAutograd will use, so that sizes are the same
+    symbols. An input that the model writes to (a static KV cache) is written by a `copy_` at the end.
+    """
+    fake_mode = TracingContext.get().fake_mode
+    assert fake_mode is not None, "Dynamo left no fake mode"
+    fakes = [_fake(fake_mode, x) for x in example_inputs]
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    shape_env = fake_mode.shape_env
+    quiet = shape_env.ignore_fresh_unbacked_symbols() if shape_env else contextlib.nullcontext()
+    with fake_mode, enable_python_dispatcher(), quiet, torch.no_grad():
+        functional = torch.func.functionalize(_Tracing(gm).run)
+        aten = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    paths, parameters = {}, set()
+    for node, origin in zip(aten.graph.find_nodes(op="placeholder"), placeholders, strict=True):
+        node.meta |= {key: origin.meta[key] for key in _INPUT_META if key in origin.meta}
+        node._dynamo_source = getattr(origin, "_dynamo_source", None)
+        paths[node.name], is_parameter = _source(origin)
+        if is_parameter:
+            parameters.add(node.name)
+    aten.meta.update(gm.meta)
+    aten._param_name_to_source = getattr(gm, "_param_name_to_source", {})  # type: ignore[assignment]
+    return aten, Sources(paths, frozenset(parameters))
+
+
+class _Tracing(fx.Interpreter):
+    """Runs Dynamo's graph; what selects experts keeps its module stack, which names sites that share weights.
+
+    For every node that would cost a third of the trace.
+    """
+
+    def run_node(self, n: fx.Node) -> Any:
+        if getattr(n.target, "__name__", n.target) not in _SELECTIONS:
+            return super().run_node(n)
+        with fx_traceback.preserve_node_meta(), fx_traceback.set_current_meta(n):
+            return super().run_node(n)
+
+
+def _fake(fake_mode: FakeTensorMode, x: Any) -> Any:
+    """Return the fake tensor of an input, as dynamic as Dynamo decided it to be."""
+    if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+        return x
+    context = TracingContext.get().tensor_to_context.get(x)
+    if context is None:
+        return fake_mode.from_tensor(x)
+    return fake_mode.from_tensor(x, symbolic_context=context, source=context.tensor_source)
+
+
+def rewrite(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
+) -> tuple[fx.GraphModule, Findings] | None:
+    """Return Dynamo's graph normalised and rewritten by the selected passes, with what they found.
+
+    None where the graph can't be read; that, and passes that changed nothing, is warned of once a compile.
+    """
+    try:
+        aten, sources = normalise(gm, example_inputs)
+        _trace_artifact("dmoe_graph_before", aten)
+        settings = Settings(config.block_length, config.max_block_tokens)
+        findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=config.stats)
+    except Exception as error:
+        log.warning("compiled as plain Inductor would: the graph can't be read (%s: %s)", type(error).__name__, error)
+        log.debug("why the graph can't be read", exc_info=True)
+        return None
+    aten.recompile()
+    _trace_artifact("dmoe_graph_after", aten)
+    _warn(gm, findings, config)
+    return aten, findings
+
+
+def _compile_inference(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    rewritten = rewrite(gm, example_inputs, config)
+    if rewritten is None:
+        return _inductor(gm, example_inputs, patches)
+    aten, findings = rewritten
+    if not findings.rewritten and not findings.num_outputs:
+        return _inductor(gm, example_inputs, patches)
+    with torch._C._DisableAutocast():  # its casts are in the graph already
+        compiled = _inductor(aten, example_inputs, patches)
+    return _recording(compiled, findings) if findings.num_outputs else compiled
+
+
+def _compile_joint(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any]
+) -> Callable[..., Any]:
+    if config.stats:
+        log.warning("stats=True records nothing where gradients are required; call the model under torch.no_grad()")
+    if not config.passes:
+        return _inductor(gm, example_inputs, patches)
+    from torch._inductor import config as inductor_config
+
+    theirs = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+    ours = JointPass(config, [_source(node) for node in gm.graph.find_nodes(op="placeholder")])
+    patches = {**patches, "joint_custom_pre_pass": [ours, *get_custom_graph_passes(theirs)]}
+    ours.warn = functools.partial(_warn, gm, config=config)
+    return _inductor(gm, example_inputs, patches)
+
+
+class JointPass(CustomGraphPass):
+    """The passes on AOTAutograd's joint graph: forward and gradients in one, decomposed as Inductor asks.
+
+    Args:
+        config: what to run.
+        inputs: for each of Dynamo's placeholders, its source and whether it is a parameter.
+    """
+
+    def __init__(self, config: Config, inputs: Sequence[tuple[str, bool]]) -> None:
+        self.config = config
+        self.inputs = inputs
+        self.warn: Callable[[Findings], None] = lambda findings: None
+
+    def __call__(self, graph: fx.Graph) -> None:
+        from torch._inductor.decomposition import select_decomp_table
+
+        paths, parameters = {}, set()
+        for node in graph.find_nodes(op="placeholder"):
+            index = getattr(node.meta.get("desc"), "idx", None)
+            if isinstance(index, int) and not node.name.startswith("tangents_") and index < len(self.inputs):
+                paths[node.name], is_parameter = self.inputs[index]
+                if is_parameter:
+                    parameters.add(node.name)
+        settings = Settings(self.config.block_length, self.config.max_block_tokens)
+        findings = pipeline.run(
+            graph,
+            Sources(paths, frozenset(parameters)),
+            self.config.selected,
+            settings,
+            decompositions=select_decomp_table(),
+            joint=True,
+        )
+        self.warn(findings)
+
+    def uuid(self) -> tuple[str, str, str]:
+        """Return what the result depends on: our sources, the options, and what the inputs are."""
+        return _source_hash(), repr(self.config), repr(self.inputs)
+
+
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def _recording(compiled: Callable[..., Any], findings: Findings) -> Callable[..., Any]:
+    """Return `compiled` without its last output, the unique experts of each site, which is recorded."""
+    names = [outcome.site.name for outcome in findings.outcomes]
+
+    def call(*args: Any) -> Any:
+        *outputs, counts = compiled(*args)
+        recorder.add(names, counts)
+        return outputs
+
+    return call
+
+
+def _needs_gradient(example_inputs: Sequence[Any]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
+
+
+def _mode_options(mode: str | None) -> dict[str, Any]:
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode)) if mode and mode != "default" else {}
+
+
+def _source(placeholder: fx.Node) -> tuple[str, bool]:
+    """Return Dynamo's expression for an input, and whether that is a module's weight or buffer."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    path = source.name if source is not None else ""
+    in_module = "._parameters[" in path or "._buffers[" in path
+    return path, in_module or bool(placeholder.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
+
+
+def _warn(gm: fx.GraphModule, findings: Findings, config: Config) -> None:
+    """Say once, for a compile whose passes changed nothing, which module is why and what to do."""
+    if findings.rewritten or not config.passes:
+        return
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    broken = str(reason.reason) if reason is not None and reason.graph_break else ""
+    names = ", ".join(config.passes)
+    routers = [refusal.name for refusal in findings.refusals if refusal.is_router]
+    if broken and routers:
+        log.warning(
+            "%s: the experts of %s are not in the same graph as their router: Dynamo broke the graph there (%s). "
+            "Compiled as plain Inductor would. Way out: make the experts traceable, in transformers with "
+            "model.set_experts_implementation('grouped_mm'); fullgraph=True shows where a graph breaks.",
+            names, routers[0], _first_line(broken),
+        )  # fmt: skip
+    elif left := [outcome for outcome in findings.outcomes if not outcome.rewritten]:
+        log.warning(
+            "%s: %s was left alone: %s. Compiled as plain Inductor would.", names, left[0].site.name, left[0].reason
+        )
+    elif findings.refusals:
+        refusal = findings.refusals[0]
+        log.warning(
+            "%s: no site was found; %s was refused: %s. Compiled as plain Inductor would. "
+            "dmoe_compile.explain(model, ...) lists every refusal.",
+            names, refusal.name, refusal.reason,
+        )  # fmt: skip
+    elif not broken:
+        log.warning(
+            "%s: no mixture-of-experts router in the graph of %s: compiled as plain Inductor would. "
+            "Drop the pass for this model, or compile the module that holds its experts.",
+            names, _root_name(gm),
+        )  # fmt: skip
+
+
+def _root_name(gm: fx.GraphModule) -> str:
+    """Name what was compiled: the first module or function in the graph's stack."""
+    for node in gm.graph.nodes:
+        for path, owner in (node.meta.get("nn_module_stack") or {}).values():
+            return f"{getattr(owner, '__name__', owner)} ({path})"
+    return "the compiled function"
+
+
+def _first_line(text: str) -> str:
+    return text.strip().partition("\n")[0]
+
+
+@functools.cache
+def _say_how_to_select() -> None:
+    log.info('no pass is selected: routing is the model\'s own. Select one: options={"passes": ["dmoe"]}')
+
+
+@functools.cache
+def _source_hash() -> str:
+    """Return a hash of this package's sources: a changed rule must never be served from a cache."""
+    here = Path(__file__).parent
+    files = sorted({*here.glob("*.py"), *Path(pipeline.__file__).parent.glob("*.py")})
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _trace_artifact(name: str, gm: fx.GraphModule) -> None:
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=lambda: gm.print_readable(print_output=False),
+    )
+
+
+def _reset() -> None:
+    """What torch._dynamo.reset() calls: CUDA graphs of a dropped compile must not be replayed."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+dmoe.reset = _reset  # type: ignore[attr-defined]

@@ -1,0 +1,54 @@
+"""Figures: each module measures one, prints a table, and gives JSON lines that say where they were taken."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def environment() -> Row:
+    """Return what every row carries: device, vector extension, cores, threads and versions."""
+    import torch
+
+    return {
+        "device": _cpu_name(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
+
+
+def describe(env: Mapping[str, Any]) -> str:
+    """Return an environment as one line under a table."""
+    where = f"{env['device']} ({env['isa']}), {env['threads']} of {env['cores']} cores"
+    return f"{where}, torch {env['torch']}, transformers {env['transformers']}, Python {env['python']}"
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], destination: str) -> None:
+    """Write one JSON object a line to a file, or to standard output for "-"."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if destination == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    else:
+        Path(destination).write_text(text)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

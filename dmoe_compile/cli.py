@@ -1,0 +1,206 @@
+"""The `dmoe` command: dmoe demo, dmoe explain, dmoe bench.
+
+Exit codes: 0 done; 1 a check failed, such as a coreset of all experts that changed a token; 2 what was asked
+for can't be done, with one line on standard error that says why.
+With `--json -` standard output holds JSON lines alone; the table goes to standard error.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+
+    from dmoe_compile import Report
+    from dmoe_compile.bench import Row
+
+# Everything else is imported in the commands: torch and transformers take seconds, and --help needs neither.
+
+app = typer.Typer(
+    help="Mixture-of-experts routing for diffusion language models, as torch.compile passes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # errors in plain lines, not in a box
+)
+bench = typer.Typer(help="Measure one figure; prints a table, and JSON lines with --json.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="PATH", help="Also write JSON lines to a file; - is stdout.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if left out.")]
+
+
+def main() -> None:
+    """Run the command line; the console script."""
+    app()
+
+
+@app.command()
+def demo(
+    config: Annotated[
+        Literal["small", "large"], typer.Option(help="large: layers of the published 26B-A4B's width.")
+    ] = "small",
+    steps: Annotated[int, typer.Option(help="Denoising steps of a decoding.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Timed decodings of each backend; medians are shown.")] = 5,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Of weights, prompt and sampling.")] = 0,
+    json: Json = None,
+) -> None:
+    """Decode with transformers' DiffusionGemma through stock Inductor and through dmoe, and compare."""
+    with _usage_errors():
+        from dmoe_compile import demo as demonstration
+
+        settings = demonstration.Settings(config, steps, repeats, threads, seed)
+    with _progress() as progress:
+        result = demonstration.run(settings, progress)
+    _show(result.table(), result.rows(), json)
+    if not result.tokens_equal:
+        _fail("a coreset of all experts changed the tokens; please report it with the JSON lines of --json")
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, or a transformers model type such as qwen3_moe.")],
+    passes: Annotated[str, typer.Option(help="Passes to run, with commas between; '' for none.")] = "dmoe",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="A backend option, such as dmoe.top_p=0.8; repeatable."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Random tokens of a sequence.")] = 64,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check that a coreset of all experts changes nothing.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the model code that lies in the folder.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    """Show every mixture-of-experts site of a model: found, rewritten or refused and why, and experts used."""
+    with _usage_errors():
+        from dmoe_compile import Config
+        from dmoe_compile import demo as demonstration
+        from dmoe_compile import explain as examine
+
+        options = _options(passes, option or [])
+        Config.from_options(options)  # before the model loads, which can take minutes
+        loaded = demonstration.load(model, batch, tokens, trust_remote_code)
+        config = Config.from_options(
+            {"block_length": loaded.block_length, **options} if loaded.block_length else options
+        )
+    report = examine(loaded.model, config=config, verify=verify, **loaded.inputs)
+    _show(report.table(), _report_rows(report, model, config.to_options()), json, [loaded.note, *_remarks(report)])
+    if report.verified is False:
+        _fail("a coreset of all experts changed the model's output; please report it with the JSON lines of --json")
+
+
+@bench.command()
+def overhead(
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 12,
+    repeats: Annotated[int, typer.Option(help="Fresh processes of each kind; medians are shown.")] = 3,
+    calls: Annotated[int, typer.Option(help="Interleaved calls that are timed.")] = 1000,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """What the backend costs: matcher, compile time cold and warm, guards, and time per call."""
+    with _usage_errors():
+        from dmoe_compile.bench import overhead as figure
+
+        settings = figure.Settings(layers, repeats, calls, threads)
+    with _progress() as progress:
+        rows = figure.run(settings, progress)
+    _show(figure.table(rows), rows, json)
+
+
+def _options(passes: str, pairs: list[str]) -> dict[str, Any]:
+    """Return backend options from `--passes a,b` and `--option key=value`."""
+    options: dict[str, Any] = {"passes": [name.strip() for name in passes.split(",") if name.strip()]}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--option {pair!r} is not KEY=VALUE, such as dmoe.top_p=0.8")
+        if key == "passes":
+            raise ValueError(f"--option {pair!r}: passes have an option of their own, --passes {value}")
+        options[key] = _literal(value)
+    return options
+
+
+def _literal(text: str) -> Any:
+    """Return the value that an option's text stands for: a number, true, false, none, a list, or else the text."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    """Turn a ValueError, which says what the caller did, into one line and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"dmoe: {str(error).strip().splitlines()[0]}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """Show a progress bar on standard error, so that standard output can be piped."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
+        yield progress
+
+
+def _show(table: Table, rows: list[Row], json: str | None, remarks: Iterable[str] = ()) -> None:
+    """Print a table and remarks, and write rows where they were asked for."""
+    from rich.console import Console
+
+    from dmoe_compile.bench import write_rows
+
+    console = Console(stderr=json == "-")
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    if json is not None:
+        write_rows(rows, json)
+
+
+def _remarks(report: Report) -> Iterator[str]:
+    """What a report says beside its table of sites."""
+    yield from sorted({f"note: {note}" for site in report.sites for note in site.notes})
+    for site in report.sites:
+        yield from (f"{site.name}: changes with the routing: {escape}" for escape in site.escapes)
+    yield from (f"refused {name}: {reason}" for name, reason in report.refused)
+    yield from (f"warning: {warning}" for warning in report.warnings)
+    if report.verified is not None:
+        yield f"all-experts identity: {'holds, bit for bit' if report.verified else 'BROKEN'}"
+
+
+def _report_rows(report: Report, model: str, options: Row) -> list[Row]:
+    from dmoe_compile.bench import environment
+
+    whole = report.to_dict()
+    sites, refused = whole.pop("sites"), whole.pop("refused")
+    rows: list[Row] = [{"kind": "site", **site} for site in sites]
+    rows += [{"kind": "refused", "name": name, "reason": reason} for name, reason in refused]
+    rows.append({"kind": "report", **whole})
+    return [environment() | {"model": model, "options": options} | row for row in rows]
+
+
+def _fail(message: str) -> None:
+    typer.echo(f"dmoe: {message}", err=True)
+    raise typer.Exit(1)

@@ -1,0 +1,162 @@
+"""Config: every option of the backend, as a frozen dataclass and as the flat keys that torch.compile takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_type_hints
+
+from dmoe_compile.passes.pipeline import POLICIES
+
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
+_OWN = ("passes", "block_length", "max_block_tokens", "experts", "stats", "mode")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of ``torch.compile(model, backend="dmoe", options=...)``.
+
+    Attributes:
+        passes: names of the passes to run, each at most once. None (the default) is lossless.
+        block_length: tokens of a sequence that are denoised together and share a coreset: the model's own
+            denoising unit (32 in LLaDA2 and SDAR, the canvas, 256, in DiffusionGemma).
+        max_block_tokens: forwards with more tokens a sequence than this are left alone; None rewrites all.
+        experts: the fused expert kernel. "auto" uses it where there is one, False never. There is none yet,
+            so True is refused.
+        stats: record unique experts per site and forward, see routing_stats().
+        mode: torch.compile's mode; torch forbids its own `mode=` together with `options=`.
+        policies: options of a pass by its name; passes that are not named here run with their defaults.
+        inductor: Inductor options (``torch._inductor.list_options()``), handed on as they are.
+
+    Raises:
+        ValueError: for a value that is out of range, of a wrong type, or unknown; it names the rule.
+    """
+
+    passes: tuple[str, ...] = ()
+    block_length: int = 32
+    max_block_tokens: int | None = None
+    experts: bool | Literal["auto"] = "auto"
+    stats: bool = False
+    mode: str | None = None
+    policies: Mapping[str, Any] = field(default_factory=dict)
+    inductor: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "passes", _passes(self.passes))
+        _check_int("block_length", self.block_length, "the tokens that are denoised together; 32 is usual")
+        if self.max_block_tokens is not None:
+            _check_int("max_block_tokens", self.max_block_tokens, "the longest forward to rewrite; None rewrites all")
+        if self.experts not in ("auto", True, False) or not isinstance(self.experts, bool | str):
+            raise ValueError(f"experts={self.experts!r} must be 'auto', True or False")
+        if self.experts is True:
+            raise ValueError(
+                "experts=True asks for the fused expert kernel, which this version does not have; use 'auto'"
+            )
+        if not isinstance(self.stats, bool):
+            raise ValueError(f"stats={self.stats!r} must be True or False")
+        if self.mode is not None and self.mode not in get_args(Mode):
+            raise ValueError(f"mode={self.mode!r} is no mode of torch.compile; {_nearest(self.mode, get_args(Mode))}")
+        for name, options in self.policies.items():
+            if name not in POLICIES or not isinstance(options, POLICIES[name].Options):
+                raise ValueError(f"policies[{name!r}]={options!r} must be the Options of one of: {', '.join(POLICIES)}")
+        _check_inductor(self.inductor)
+
+    @property
+    def selected(self) -> dict[str, Any]:
+        """Options of the selected passes by name, in the order to run."""
+        return {name: self.policies.get(name) or POLICIES[name].Options() for name in self.passes}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Config:
+        """Return the config of flat option keys: our own, ``<policy>.<field>``, and any Inductor option.
+
+        Raises:
+            ValueError: for a key that is none of these; it names the nearest ones.
+        """
+        own: dict[str, Any] = {}
+        fields: dict[str, dict[str, Any]] = {}
+        inductor: dict[str, Any] = {}
+        for key, value in (options or {}).items():
+            policy, _, name = key.partition(".")
+            if key in _OWN:
+                own[key] = value
+            elif policy in POLICIES and name:
+                fields.setdefault(policy, {})[name] = value
+            else:
+                inductor[key.replace("-", "_")] = value
+        policies = {policy: _policy_options(policy, values) for policy, values in fields.items()}
+        return cls(**own, policies=policies, inductor=inductor)
+
+    def to_options(self) -> dict[str, Any]:
+        """Return the flat option keys that differ from the defaults: what torch.compile's `options=` takes."""
+        default = {f.name: f.default for f in dataclasses.fields(self)}
+        flat: dict[str, Any] = {key: getattr(self, key) for key in _OWN if getattr(self, key) != default[key]}
+        if "passes" in flat:
+            flat["passes"] = list(self.passes)
+        for policy, options in self.policies.items():
+            flat |= {f"{policy}.{name}": value for name, value in dataclasses.asdict(options).items()}
+        return flat | dict(self.inductor)
+
+
+def known_keys() -> list[str]:
+    """Return every option key: our own, the policies', and Inductor's."""
+    from torch._inductor import list_options
+
+    policies = [f"{name}.{f.name}" for name, policy in POLICIES.items() for f in dataclasses.fields(policy.Options)]
+    return [*_OWN, *policies, *list_options()]
+
+
+def _passes(passes: object) -> tuple[str, ...]:
+    if isinstance(passes, str) or not isinstance(passes, Iterable):
+        raise ValueError(f"passes={passes!r} must be a list of names, such as ['dmoe']")
+    names = tuple(passes)
+    for name in names:
+        if name not in POLICIES:
+            raise ValueError(f"passes={list(names)!r}: there is no pass {name!r}; {_nearest(str(name), POLICIES)}")
+        if names.count(name) > 1:
+            raise ValueError(f"passes={list(names)!r} names {name!r} twice; a pass runs once")
+    return names
+
+
+def _policy_options(policy: str, values: Mapping[str, Any]) -> Any:
+    options = POLICIES[policy].Options
+    types = get_type_hints(options)
+    for name, value in values.items():
+        if name not in types:
+            keys = [f"{policy}.{known}" for known in types]
+            raise ValueError(
+                f"{policy}.{name}={value!r}: there is no such option; {_nearest(f'{policy}.{name}', keys)}"
+            )
+        accepted = (int, float) if types[name] is float else types[name]
+        if not isinstance(value, accepted) or (isinstance(value, bool) and types[name] is not bool):
+            raise ValueError(
+                f"{policy}.{name}={value!r} must be of type {types[name].__name__}, not {type(value).__name__}"
+            )
+    return options(**values)
+
+
+def _check_int(name: str, value: object, what: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}={value!r} must be an integer of at least 1: {what}")
+
+
+def _check_inductor(options: Mapping[str, Any]) -> None:
+    if not options:
+        return
+    from torch._inductor import config, list_options
+
+    known = set(list_options())
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"{key}={value!r}: there is no such option; {_nearest(key, known_keys())}")
+        expected = config.get_type(key)  # type: ignore[attr-defined]  # installed by torch's config module patch
+        if isinstance(expected, type) and not isinstance(value, expected):
+            raise ValueError(f"{key}={value!r} must be of type {expected.__name__}, not {type(value).__name__}")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4) or sorted(names)[:8]
+    return f"the nearest are: {', '.join(close)}"

@@ -1,0 +1,517 @@
+"""A demonstration on transformers' DiffusionGemma: its own generate(), through stock Inductor and through dmoe.
+
+E = routed experts in a layer, k = experts a token, L = tokens of a canvas (the block that shares a coreset).
+
+Four decodings of one prompt start from the same seed:
+
+    inductor     torch.compile(model.forward): the baseline
+    dmoe         the same with backend="dmoe" and the dMoE rule; the two are timed in turn
+    counted      as dmoe, and counting unique experts ("after"); not timed, because counting is work
+    all experts  as counted, with a coreset of all E experts: must give Inductor's tokens, and so counts "before"
+
+The weights are random, so the text is noise, and an untrained router spreads its choices almost evenly. Its
+rows are therefore rescaled to make some experts more popular than others, as in a trained one (_specialise).
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dmoe_compile.backend import dmoe
+from dmoe_compile.bench import Row, describe, environment
+from dmoe_compile.runtime import routing_stats
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+    from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedConfig, PreTrainedModel
+
+TIMED = ("inductor", "dmoe")
+TOP_P = 0.6
+MIN_EXPERTS = 16
+_PROMPT_TOKENS = 16
+_LOGIT_STD = 1.0
+_POPULARITY_SPREAD = 0.4  # with it 64 tokens choose about 100 of 128 experts; an even router, 125
+_VISION = {
+    "model_type": "gemma4_vision",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+_TEXT: dict[str, Any] = {
+    "vocab_size": 2048,
+    "num_hidden_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "num_experts": 128,
+    "top_k_experts": 8,
+    "max_position_embeddings": 2048,
+}
+_TINY: dict[str, Any] = {  # what `load` shrinks; a name that a config lacks is left out
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "max_position_embeddings": 4096,
+    "sliding_window": 64,
+    "layer_types": None,
+    "mlp_layer_types": None,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_MAX_TINY = 100_000_000  # parameters
+
+
+@dataclass(frozen=True)
+class Size:
+    """One model: text config, canvas_length L in tokens, element type."""
+
+    text: dict[str, Any]
+    canvas_length: int
+    dtype: torch.dtype
+
+
+# "large" has the width of google/diffusiongemma-26B-A4B-it, 2 of its 30 layers and a small vocabulary: 3 GB of experts.
+SIZES = {
+    "small": Size(
+        _TEXT
+        | {
+            "hidden_size": 256,
+            "intermediate_size": 512,
+            "moe_intermediate_size": 256,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "global_head_dim": 64,
+        },
+        canvas_length=64,
+        dtype=torch.float32,
+    ),
+    "large": Size(
+        _TEXT
+        | {
+            "hidden_size": 2816,
+            "intermediate_size": 2112,
+            "moe_intermediate_size": 704,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "num_global_key_value_heads": 2,
+            "head_dim": 256,
+            "global_head_dim": 512,
+        },
+        canvas_length=256,
+        dtype=torch.bfloat16,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to run: a key of SIZES, denoising steps, timed decodings of each backend, threads (None: torch's own)."""
+
+    size: str = "small"
+    steps: int = 8
+    repeats: int = 5
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size not in SIZES:
+            raise ValueError(f"config {self.size!r} is not one of {', '.join(SIZES)}")
+        for name in ("steps", "repeats", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Unique experts of one layer, mean over the forwards of a decoding, and the bytes of one of its experts."""
+
+    name: str
+    num_experts: int
+    expert_bytes: int
+    unique_before: float
+    unique_after: float
+
+
+@dataclass
+class Timing:
+    """One backend: decoder forwards of a decoding; seconds of each timed decoding, whole and in the decoder."""
+
+    forwards: int = 0
+    wall_s: list[float] = field(default_factory=list)
+    decoder_s: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What run() found. `tokens_equal`: the all-experts coreset gave Inductor's tokens."""
+
+    settings: Settings
+    env: Row
+    layers: list[Layer]
+    inductor: Timing
+    dmoe: Timing
+    tokens_equal: bool
+
+    def bytes_per_forward(self) -> tuple[float, float]:
+        """Return predicted bytes of expert weights read by one decoder forward, before and after."""
+        before = sum(layer.unique_before * layer.expert_bytes for layer in self.layers)
+        return before, sum(layer.unique_after * layer.expert_bytes for layer in self.layers)
+
+    def rows(self) -> list[Row]:
+        """Return the result as JSON-able rows, each with its environment."""
+        before, after = self.bytes_per_forward()
+        common = self.env | asdict(self.settings)
+        rows: list[Row] = [{"kind": "layer", **asdict(layer)} for layer in self.layers]
+        for provider, timing, num_bytes in (("inductor", self.inductor, before), ("dmoe", self.dmoe, after)):
+            medians = {"wall_s_median": median(timing.wall_s), "decoder_s_median": median(timing.decoder_s)}
+            predicted = {"predicted_expert_bytes_per_forward": round(num_bytes)}
+            rows.append({"kind": "decoding", "provider": provider, **asdict(timing), **medians, **predicted})
+        rows.append({"kind": "lossless", "tokens_equal": self.tokens_equal})
+        return [common | row for row in rows]
+
+    def table(self) -> Table:
+        """Return the one table of the demonstration."""
+        from rich.table import Table
+
+        size = SIZES[self.settings.size]
+        title = (
+            f"DiffusionGemma, {self.settings.size}: {len(self.layers)} layers, canvas of {size.canvas_length} tokens"
+        )
+        table = Table(
+            "", "stock Inductor", "dmoe", "change", title=title, caption=self._caption(), caption_justify="left"
+        )
+        for column in table.columns[1:]:
+            column.justify = "right"
+        table.add_row("decoder forwards of one generate()", str(self.inductor.forwards), str(self.dmoe.forwards))
+        for layer in self.layers:
+            label = f"unique experts of {layer.num_experts}, {layer.name}"
+            table.add_row(label, *_compare((layer.unique_before, layer.unique_after), "{:.1f}"))
+        megabytes = [num_bytes / 1e6 for num_bytes in self.bytes_per_forward()]
+        table.add_row("expert MB read by a forward (predicted)", *_compare(megabytes, "{:.1f}"))
+        wall = [1e3 * median(timing.wall_s) for timing in (self.inductor, self.dmoe)]
+        table.add_row("generate(), ms (measured)", *_compare(wall, "{:.1f}"))
+        decoder = [1e3 * median(t.decoder_s) / t.forwards for t in (self.inductor, self.dmoe)]
+        table.add_row("one decoder forward, ms (measured)", *_compare(decoder, "{:.2f}"))
+        verdict = "yes" if self.tokens_equal else "NO"
+        table.add_row("same tokens when the coreset is all experts", "", verdict)
+        return table
+
+    def _caption(self) -> str:
+        repeats = f"medians of {self.settings.repeats} decodings each, in turn"
+        return (
+            f"Measured: forwards, unique experts (mean over forwards), times ({repeats}). Predicted: bytes = unique "
+            "experts x bytes of an expert. Random weights; router rows are rescaled so that some experts are popular, "
+            f"as after training. dmoe.top_p={TOP_P}, dmoe.min_experts={MIN_EXPERTS}.\n{describe(self.env)}"
+        )
+
+
+def run(settings: Settings, progress: Progress | None = None) -> Result:
+    """Decode in all four ways, time two of them in turn, and return what was counted and timed."""
+    with _threads(settings.threads):
+        model = build(SIZES[settings.size], settings.seed)
+        decoders = {way: _Decoder(model, settings, options) for way, options in _ways(model).items()}
+        bar = _Bar(progress, total=settings.steps * (len(decoders) + len(TIMED) * settings.repeats))
+        tokens, unique = {}, {}
+        for way, decoder in decoders.items():
+            bar.say(f"compile and decode: {way}")
+            routing_stats(reset=True)
+            tokens[way] = decoder.decode(bar.advance)
+            unique[way] = routing_stats(reset=True).sites
+            decoder.forget_times()
+        for turn in range(settings.repeats):
+            for way in TIMED[:: -1 if turn % 2 else 1]:
+                bar.say(f"decode {turn + 1} of {settings.repeats}: {way}")
+                decoders[way].decode(bar.advance)
+        return Result(
+            settings,
+            environment(),
+            _layers(model, unique["all experts"], unique["counted"]),
+            inductor=decoders["inductor"].timing,
+            dmoe=decoders["dmoe"].timing,
+            tokens_equal=torch.equal(tokens["all experts"], tokens["inductor"]),
+        )
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, the keyword arguments of one forward, and what a reader should know about both.
+
+    `block_length`: the model's own denoising unit in tokens, where its config tells it.
+    """
+
+    model: PreTrainedModel
+    inputs: dict[str, Any]
+    note: str
+    block_length: int | None
+
+
+def load(source: str, batch: int = 1, tokens: int = 64, trust_remote_code: bool = False, seed: int = 0) -> Loaded:
+    """Return the model of a local checkpoint folder or a tiny random one of a transformers model type, and inputs.
+
+    Args:
+        source: a folder with config.json and .safetensors files, or a model type such as "qwen3_moe".
+        batch: sequences of the forward.
+        tokens: random tokens of a sequence; of the prompt, where the model denoises a canvas of its own length.
+        trust_remote_code: run model code that lies in the folder.
+        seed: of the random tokens, and of a tiny model's weights.
+
+    Raises:
+        ValueError: where neither is found, or the model cannot be made from it.
+    """
+    for name, value in (("batch", batch), ("tokens", tokens)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+    if Path(source).is_dir():
+        model, note = _checkpoint(Path(source), trust_remote_code), f"weights of {source}"
+    else:
+        model, note = _tiny(source, seed)
+    length = getattr(model.config, "canvas_length", None)
+    inputs = _inputs(model, batch, tokens, length, torch.Generator().manual_seed(seed))
+    return Loaded(model, inputs, note, length)
+
+
+def build(size: Size, seed: int) -> DiffusionGemmaForBlockDiffusion:
+    """Return the model with random weights and specialised routers; the same arguments give the same weights."""
+    from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
+
+    config = DiffusionGemmaConfig(text_config=size.text, vision_config=_VISION, canvas_length=size.canvas_length)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(size.dtype)  # the large model is not to exist in fp32 first
+    try:
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            model = DiffusionGemmaForBlockDiffusion(config).eval()
+            for layer in model.model.decoder.layers:
+                _specialise(layer.router.proj)
+    finally:
+        torch.set_default_dtype(default)
+    model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def _ways(model: DiffusionGemmaForBlockDiffusion) -> dict[str, Row | None]:
+    """Return the backend options of each decoding; None is stock Inductor."""
+    rule = {"passes": ["dmoe"], "block_length": model.config.canvas_length, "dmoe.top_p": TOP_P}
+    lossy = rule | {"dmoe.min_experts": MIN_EXPERTS}
+    all_experts = rule | {"dmoe.min_experts": model.config.text_config.num_experts, "experts": False, "stats": True}
+    return {"inductor": None, "dmoe": lossy, "counted": lossy | {"stats": True}, "all experts": all_experts}
+
+
+def _specialise(router: nn.Linear) -> None:
+    """Give a router's rows log-normal lengths, around logits of standard deviation _LOGIT_STD.
+
+    DiffusionGemma's router reads a state of norm 1, so a row of N(0, s) weights makes logits of deviation s.
+    """
+    with torch.no_grad():
+        popularity = torch.exp(_POPULARITY_SPREAD * torch.randn(router.out_features, 1))
+        router.weight.normal_(std=_LOGIT_STD).mul_(popularity)
+
+
+def _layers(
+    model: DiffusionGemmaForBlockDiffusion, before: dict[str, list[int]], after: dict[str, list[int]]
+) -> list[Layer]:
+    """Average the unique experts that each site counted, forward by forward."""
+    assert before.keys() == after.keys() and before, "the two counted decodings found different layers, or none"
+    found = []
+    for name in before:
+        experts = model.get_submodule(f"{name}.experts")
+        num_experts = model.config.text_config.num_experts
+        num_bytes = sum(weight.nbytes for weight in experts.parameters()) // num_experts
+        found.append(Layer(name, num_experts, num_bytes, mean(before[name]), mean(after[name])))
+    return found
+
+
+def _compare(pair: Sequence[float], form: str) -> tuple[str, str, str]:
+    """Return the cells of two values, before and after, and of the change between them."""
+    before, after = pair
+    return form.format(before), form.format(after), f"{after / before - 1:+.1%}"
+
+
+@contextmanager
+def _threads(num_threads: int | None) -> Iterator[None]:
+    """Run with this many threads; before compiling, because Inductor writes the number into its code."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class _Bar:
+    """A progress bar that counts decoder forwards, or nothing where none is wanted."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=total) if progress else None
+
+    def say(self, text: str) -> None:
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, description=text)
+
+    def advance(self) -> None:
+        if self.progress and self.task is not None:
+            self.progress.advance(self.task)
+
+
+class _Decoder:
+    """generate() of one model with its decoder compiled in one way."""
+
+    def __init__(self, model: DiffusionGemmaForBlockDiffusion, settings: Settings, options: Row | None) -> None:
+        """Compile lazily: with stock Inductor when `options` is None, else with dmoe."""
+        # isolate_recompiles: each way has its own cache and recompile limit, though all compile the same code object.
+        compiled = partial(torch.compile, fullgraph=True, isolate_recompiles=True)
+        self.forward = (
+            compiled(model.forward) if options is None else compiled(model.forward, backend=dmoe, options=options)
+        )
+        self.model = model
+        self.settings = settings
+        self.timing = Timing()
+        vocabulary = torch.arange(3, model.config.text_config.vocab_size)  # below: padding, begin and end of text
+        self.prompt = vocabulary[
+            torch.randperm(len(vocabulary), generator=torch.Generator().manual_seed(settings.seed))
+        ]
+
+    def decode(self, tick: Callable[[], None]) -> Tensor:
+        """Return the tokens [1, prompt + L] of one decoding; time it, and call `tick` after every decoder forward."""
+        seconds: list[float] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            out = self.forward(*args, **kwargs)
+            seconds.append(time.perf_counter() - start)
+            tick()
+            return out
+
+        # generate() looks for this attribute before it compiles the forward itself; model.compile() it ignores.
+        self.model._compiled_decoder_forward = forward
+        torch.manual_seed(self.settings.seed)
+        start = time.perf_counter()
+        out = self.model.generate(
+            self.prompt[None, :_PROMPT_TOKENS],
+            max_new_tokens=self.model.config.canvas_length,
+            max_denoising_steps=self.settings.steps,
+            cache_implementation="static",
+        )
+        self.timing.wall_s.append(time.perf_counter() - start)
+        self.timing.decoder_s.append(sum(seconds))
+        self.timing.forwards = len(seconds)
+        return out.sequences
+
+    def forget_times(self) -> None:
+        """Forget the times of the first decoding, which compiled."""
+        self.timing.wall_s.clear()
+        self.timing.decoder_s.clear()
+
+
+def _inputs(
+    model: PreTrainedModel, batch: int, tokens: int, canvas_length: int | None, generator: torch.Generator
+) -> dict[str, Tensor | bool]:
+    vocab_size = model.config.get_text_config(decoder=True).vocab_size
+    draw = partial(torch.randint, min(3, vocab_size - 1), vocab_size, generator=generator)
+    if canvas_length is None:
+        return {"input_ids": draw((batch, tokens)), "use_cache": False}
+    return {"input_ids": draw((batch, tokens)), "decoder_input_ids": draw((batch, canvas_length))}
+
+
+def _checkpoint(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a folder as it lies on disk: no network, no pickle, no code of its own unless trusted."""
+    import transformers
+
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json; name the folder that save_pretrained() wrote")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds no .safetensors file, and no other weights are loaded; convert them first")
+    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, **local)
+        remote = getattr(config, "auto_map", None) if trust_remote_code else None
+        if remote:
+            auto = "AutoModelForCausalLM" if "AutoModelForCausalLM" in remote else "AutoModel"
+            cls = getattr(transformers, auto)
+        else:
+            cls = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
+        kwargs = local if remote else {"local_files_only": True}
+        return cls.from_pretrained(folder, config=config, use_safetensors=True, dtype="auto", **kwargs).eval()
+    except (AttributeError, OSError, ValueError) as error:
+        raise ValueError(f"{folder} does not load: {_first_line(error)}") from error
+
+
+def _tiny(model_type: str, seed: int) -> tuple[PreTrainedModel, str]:
+    """Build a model type with its default routing (E, k, groups, ...) and everything else shrunk."""
+    from transformers import CONFIG_MAPPING
+
+    if model_type not in CONFIG_MAPPING:
+        if "/" in model_type:
+            raise ValueError(f"{model_type} is no local folder; nothing is downloaded, so fetch the checkpoint first")
+        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3) or ["qwen3_moe", "diffusion_gemma"]
+        raise ValueError(f"{model_type!r} is no local folder and no transformers model type; near: {', '.join(near)}")
+    try:
+        config = _tiny_config(CONFIG_MAPPING[model_type])
+        cls = _model_class(type(config))
+        with torch.device("meta"):
+            size = sum(weight.numel() for weight in cls(config).parameters())
+        if size > _MAX_TINY:
+            raise ValueError(f"still {size:,} parameters when shrunk")
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
+            model = cls(config).eval()
+        with torch.no_grad():
+            model(**_inputs(model, 1, 8, getattr(config, "canvas_length", None), torch.Generator()))
+    except Exception as error:  # a default config may lack values, or fit no rule of ours; the reader needs the reason
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ValueError(f"{model_type} cannot be built tiny ({reason}); give a checkpoint folder") from error
+    return model, f"tiny random {model_type}: {size / 1e6:.1f} M parameters, routing as in the default config"
+
+
+def _tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    default = config_class()
+    if default.model_type == "diffusion_gemma":  # its default has no experts: the published 26B-A4B has these
+        text = {**_TINY, "num_experts": 128, "top_k_experts": 8, "global_head_dim": 16}
+        text["layer_types"] = ["sliding_attention", "full_attention"]
+        return config_class(text_config=text, vision_config=_VISION)
+    known = default.to_dict()
+    changes = {name: value for name, value in _TINY.items() if name in known}
+    if "kv_lora_rank" in known:  # latent attention: a key and value for every head, head_dim is the rotated part alone
+        changes |= {"num_key_value_heads": _TINY["num_attention_heads"], "head_dim": _TINY["qk_rope_head_dim"]}
+    return config_class(**changes)
+
+
+def _model_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        if config_class in auto._model_mapping:
+            return auto._model_mapping[config_class]
+    raise ValueError(f"{config_class.__name__} has no language model class")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,251 @@
+"""Rewrite the score operand of a site's selection so that every block stays inside its coreset.
+
+    ids = topk(scores, k)        ->   ids = topk(restrict(scores, coreset(scores)), k)
+
+One operand changes; logits, auxiliary losses, shared experts and residual keep their nodes. In a
+group-limited router the nodes between its scores and its selection are copied, and the copy sees
+penalised scores: whoever else reads the originals still does.
+Left alone: forwards of more than `max_block_tokens` tokens a sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from dmoe_compile.passes.coreset import Blocks, Rule, choose, penalise, restrict, restrict_groups, unroute
+from dmoe_compile.passes.inline import Argument, Decompositions, inline, size_argument, trace
+from dmoe_compile.passes.sites import Groups, Site, Sources, shape
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+_MAX_STEPS_TO_ROWS = 64  # nodes between a router's matmul and [B, S, H] rows; diffusion_gemma's norm has 9
+Size = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every coreset method shares.
+
+    `block_length` is in tokens of one sequence, as is `max_block_tokens`, the longest forward that is
+    rewritten (None: every one).
+    """
+
+    block_length: int = 32
+    max_block_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one site.
+
+    `reason` says why it was left alone ("" where it was rewritten); `tokens_per_block` is what the block
+    length comes to in this forward; `notes` say what was assumed for want of knowledge.
+    """
+
+    site: Site
+    rewritten: bool
+    reason: str
+    tokens_per_block: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where [B, S] of a site's tokens is read: from `rows` [B, S, ...], or T as one row where there is none.
+
+    `mask` is the graph's 2D attention mask [B, at least S], if it has one.
+    """
+
+    rows: fx.Node | None
+    batch: Size
+    seq: Size
+    mask: fx.Node | None
+
+
+@dataclass
+class Tracer:
+    """Traces rules for one graph; sites that are alike share a trace unless `share` is off.
+
+    A joint graph must not share: the partitioner reads aliasing off the storage of the fake values.
+    """
+
+    decompositions: Decompositions = None
+    share: bool = True
+    _bodies: dict[Any, fx.Graph] = field(default_factory=dict)
+
+    def insert(
+        self, graph: fx.Graph, before: fx.Node, rule: Callable[..., Any], args: Sequence[Argument], key: object
+    ) -> list[fx.Node]:
+        """Inline `rule` ahead of a node and return its results; `key` is what tells it from other rules."""
+        key = (key, *(_signature(arg) for arg in args))
+        body = self._bodies.get(key)
+        if body is None:
+            body = trace(rule, args, self.decompositions)
+            if self.share:
+                self._bodies[key] = body
+        return inline(graph, before, body, args)
+
+
+def find_layout(graph: fx.Graph, site: Site, sources: Sources) -> Layout:
+    """Find B and S behind a site's flattened tokens, and the mask that says which of them are padding."""
+    rows = _rows(site)
+    if rows is None:
+        return Layout(None, 1, (shape(site.scores) or (0,))[0], None)
+    batch, seq, *_ = shape(rows) or (0, 0)
+    return Layout(rows, batch, seq, _attention_mask(graph, sources, batch, seq))
+
+
+def constrain(
+    graph: fx.Graph, site: Site, where: Layout, rule: Rule, key: object, settings: Settings, tracer: Tracer
+) -> Outcome:
+    """Restrict a site's selection to the coresets that `rule` chooses; `key` names the rule and its options."""
+    limit = settings.max_block_tokens
+    if limit is not None and where.seq > limit:
+        return Outcome(site, False, f"{where.seq} tokens a sequence are more than max_block_tokens={limit}")
+    routing = _Routing(site.top_k, settings.block_length, rule)
+    key = (key, site.top_k, settings.block_length)
+    if site.groups is None:
+        args = [site.scores, *layout_arguments(graph, site, where)]
+        (scores,) = tracer.insert(graph, site.select, routing.ranked, args, ("ranked", key))
+    else:
+        scores = _constrain_groups(graph, site, site.groups, where, routing, key, tracer)
+    site.select.replace_input_with(site.scores, scores)
+    tokens = min(settings.block_length, where.seq) if isinstance(where.seq, int) else settings.block_length
+    return Outcome(site, True, "", tokens, _notes(where))
+
+
+def layout_arguments(graph: fx.Graph, site: Site, where: Layout) -> list[Argument]:
+    """Return B, S and the mask, if any, as arguments of a rule that is inlined ahead of the site's selection."""
+    if where.rows is None:
+        return [1, size_argument(graph, site.select, site.scores, 0)]
+    sizes = [size_argument(graph, site.select, where.rows, dim) for dim in (0, 1)]
+    return [*sizes, where.mask] if where.mask is not None else sizes
+
+
+def voting_tokens(seq: int, mask: Tensor) -> Tensor:
+    """Return which tokens of a forward are no padding, [B, S] bool, from an attention mask [B, at least S].
+
+    A longer mask covers cached tokens too: the forward's are its last S. A row with nothing but padding
+    there is taken as all tokens: the mask means something else (a cache longer than what it holds).
+    """
+    window = mask[:, mask.shape[1] - seq :] != 0
+    return window | ~window.any(1, keepdim=True)
+
+
+@dataclass(frozen=True)
+class _Routing:
+    """The rules that are inlined at one site; `mask` is empty or one attention mask."""
+
+    top_k: int
+    block_length: int
+    rule: Rule
+
+    def ranked(self, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> Tensor:
+        """Return what the selection of a router without groups ranks: scores [T, E] or [B, S, E], restricted."""
+        rows = scores.reshape(batch * seq, scores.shape[-1])
+        blocks = self._blocks(batch, seq, mask)
+        inside, ranking = choose(rows, blocks, self.top_k, self.rule)
+        return self._unrouted(restrict(rows, inside), ranking, blocks).reshape(scores.shape)
+
+    def penalised(self, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what a group-limited router ranks groups by, which experts are inside, and the common ranking."""
+        rows = scores.reshape(batch * seq, scores.shape[-1])
+        inside, ranking = choose(rows, self._blocks(batch, seq, mask), self.top_k, self.rule)
+        return penalise(rows, inside).reshape(scores.shape), inside.reshape(scores.shape), ranking
+
+    def grouped(
+        self, masked: Tensor, penalised: Tensor, inside: Tensor, ranking: Tensor, batch: int, seq: int, *mask: Tensor
+    ) -> Tensor:
+        """Return what its selection ranks, from what its group mask made of the penalised scores."""
+        limited = restrict_groups(masked, penalised, inside, self.top_k)
+        rows = limited.reshape(batch * seq, masked.shape[-1])
+        return self._unrouted(rows, ranking, self._blocks(batch, seq, mask)).reshape(masked.shape)
+
+    def _blocks(self, batch: int, seq: int, mask: tuple[Tensor, ...]) -> Blocks:
+        return Blocks(batch, seq, self.block_length, voting_tokens(seq, *mask) if mask else None)
+
+    @staticmethod
+    def _unrouted(scores: Tensor, ranking: Tensor, blocks: Blocks) -> Tensor:
+        return scores if blocks.voting is None else unroute(scores, ranking, blocks.voting.reshape(-1))
+
+
+def _constrain_groups(
+    graph: fx.Graph, site: Site, groups: Groups, where: Layout, routing: _Routing, key: object, tracer: Tracer
+) -> fx.Node:
+    """Rewrite a group-limited router: penalised scores into a copy of its group mask, then the last word on order."""
+    layout = layout_arguments(graph, site, where)
+    args = [groups.scores, *layout]
+    penalised, inside, ranking = tracer.insert(graph, site.select, routing.penalised, args, ("penalised", key))
+    copies = {groups.scores: penalised}
+    for node in _between(groups.scores, site.scores):
+        with graph.inserting_before(site.select):
+            copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
+    args = [copies[site.scores], penalised, inside, ranking, *layout]
+    (scores,) = tracer.insert(graph, site.select, routing.grouped, args, ("grouped", key))
+    return scores
+
+
+def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Return the nodes on the paths from `start` to `end`, `end` included, in an order that can be run."""
+    order: list[fx.Node] = []
+    depends: dict[fx.Node, bool] = {start: True}
+
+    def visit(node: fx.Node) -> bool:
+        if node not in depends:
+            depends[node] = False
+            needed = [visit(parent) for parent in node.all_input_nodes]  # all of them: each adds itself to the order
+            depends[node] = any(needed)
+            if depends[node]:
+                order.append(node)
+        return depends[node]
+
+    visit(end)
+    return order
+
+
+def _rows(site: Site) -> fx.Node | None:
+    """Return the nearest [B, S, .] tensor that a site's tokens were flattened from."""
+    if len(shape(site.scores) or ()) == 3:
+        return site.scores
+    tokens = (shape(site.scores) or (0,))[0]
+    node = site.hidden
+    for _ in range(_MAX_STEPS_TO_ROWS):
+        dims = shape(node)
+        if dims is not None and len(dims) == 3 and statically_known_true(dims[0] * dims[1] == tokens):
+            return node
+        width = (shape(node) or (0,))[-1]
+        parents = [a for a in node.all_input_nodes if len(shape(a) or ()) >= 2 and (shape(a) or (0,))[-1] == width]
+        if not parents:
+            return None
+        node = parents[0]
+    return None
+
+
+def _attention_mask(graph: fx.Graph, sources: Sources, batch: Size, seq: Size) -> fx.Node | None:
+    """Return the input named attention_mask of [B, at least S], if the graph has one."""
+    for node in graph.find_nodes(op="placeholder"):
+        dims = shape(node)
+        if dims is None or len(dims) != 2 or "attention_mask" not in sources.paths.get(node.name, node.name):
+            continue
+        if statically_known_true(dims[0] == batch) and dims[1] >= seq:
+            return node
+    return None
+
+
+def _notes(where: Layout) -> tuple[str, ...]:
+    if where.rows is None:
+        return ("no [B, S] behind the router's tokens: blocks run over all of them as one row",)
+    if where.mask is None:
+        return ("no 2D attention_mask input: every token votes and blocks start at position 0",)
+    return ()
+
+
+def _signature(arg: Argument) -> object:
+    """Return what a trace depends on: the type of an argument, not which node it is."""
+    value = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+    if isinstance(value, Tensor):
+        return value.dtype, tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.device
+    return str(value)

@@ -1,0 +1,148 @@
+"""Keep the tokens of a block inside a coreset of experts: what every coreset method has in common.
+
+    scores [T, E] -> blocks [N, L, E] -> coreset [N, E] (the method's own rule) -> scores outside it = -inf
+
+The method only chooses the coreset. The model's top-k then picks from what is left, and the model's own
+weights follow, because only the score operand of that one top-k is replaced.
+
+Group-limited routers choose groups first. They see the scores with a finite penalty outside the
+coreset, so that groups are compared by their experts in it (-inf would make groups with one such
+expert equal). If a token's groups hold fewer than k experts of the coreset, the rest come from the
+coreset outside its groups, best score first: blocks never leave their coreset.
+Tokens that do not vote (padding) are not routed either: they are pointed at the experts with most
+votes, which are read anyway, and activate none of their own.
+
+    B, S: sequences and tokens a sequence; L: tokens a block; N: blocks of the forward; E, k: experts
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Rule = Callable[[Tensor, Tensor, Tensor], Tensor]  # (scores [N, L, E], ids [N, L, k], voting [N, L]) -> coreset [N, E]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the tokens of one forward fall into blocks.
+
+    Attributes:
+        batch, seq: B and S; int, or SymInt while a rule is traced, which torch's stubs take for no number.
+        length: tokens of a block; the last block of a row may be shorter.
+        voting: [B, S] bool, or None where every token votes. A row's first block starts at its first voting token.
+    """
+
+    batch: Any
+    seq: Any
+    length: int
+    voting: Tensor | None = None
+
+    @property
+    def even(self) -> bool:
+        """Whether blocks are plain views of the rows: no padding, and rows cut without a rest."""
+        return (
+            self.voting is None
+            and isinstance(self.seq, int)
+            and (self.seq <= self.length or self.seq % self.length == 0)
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a block as they are laid out: a row shorter than a block is one block of its own length."""
+        return min(self.length, self.seq) if isinstance(self.seq, int) else self.length
+
+    @property
+    def count(self) -> Any:
+        """Blocks of one row."""
+        return (self.seq + self.tokens - 1) // self.tokens
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return [B*S, E] as blocks [N, L, E], and which of their tokens vote, [N, L] bool."""
+        rows = x.reshape(self.batch, self.seq, x.shape[-1])
+        if self.even:
+            blocks = rows.reshape(self.batch * self.count, self.tokens, x.shape[-1])
+            return blocks, torch.ones(blocks.shape[:2], dtype=torch.bool, device=x.device)
+        slots = torch.arange(self.count * self.tokens, device=x.device) + self._start(x)  # [B or 1, slots]
+        here = slots.clamp(max=self.seq - 1).expand(self.batch, self.count * self.tokens)
+        voting = (slots < self.seq).expand_as(here)
+        if self.voting is not None:
+            voting = voting & self.voting.gather(1, here)
+        blocks = rows.gather(1, here.unsqueeze(-1).expand(*here.shape, x.shape[-1]))
+        shape = (self.batch * self.count, self.tokens)
+        return blocks.reshape(*shape, x.shape[-1]), voting.reshape(shape)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """Return what [N, E] says of each block as [B*S, E]: for each token what its block has."""
+        rows = x.reshape(self.batch, self.count, x.shape[-1])
+        if self.even:
+            tokens = rows.unsqueeze(2).expand(self.batch, self.count, self.tokens, x.shape[-1])
+        else:
+            slots = torch.arange(self.seq, device=x.device) - self._start(x)
+            block = slots.div(self.tokens, rounding_mode="floor").clamp(min=0).expand(self.batch, self.seq)
+            tokens = rows.gather(1, block.unsqueeze(-1).expand(self.batch, self.seq, x.shape[-1]))
+        return tokens.reshape(self.batch * self.seq, x.shape[-1])
+
+    def _start(self, x: Tensor) -> Tensor:
+        """Return the position of each row's first block, [B or 1, 1] int64."""
+        if self.voting is None:
+            return torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+        return self.voting.to(torch.int8).argmax(1, keepdim=True)
+
+
+def choose(scores: Tensor, blocks: Blocks, top_k: int, rule: Rule) -> tuple[Tensor, Tensor]:
+    """Apply a coreset method to selection scores [B*S, E].
+
+    Returns:
+        inside: [B*S, E] bool, the experts that each token may use.
+        ranking: [E] fp32, for tokens that are not routed: how many voting tokens use an expert of their coreset.
+    """
+    split, voting = blocks.split(scores.float())
+    ids = split.topk(top_k, dim=-1).indices
+    coreset = rule(split, ids, voting)
+    uses = torch.zeros_like(split).scatter(-1, ids, voting.unsqueeze(-1).expand_as(ids).float())
+    ranking = (uses.sum(1) * coreset).sum(0)
+    return blocks.spread(coreset), ranking
+
+
+def restrict(scores: Tensor, inside: Tensor) -> Tensor:
+    """Return scores with -inf outside the coreset; inside, even a score of -inf still beats that."""
+    lowest = torch.finfo(scores.dtype).min
+    return torch.where(inside, scores.clamp(min=lowest), -torch.inf)
+
+
+def penalise(scores: Tensor, inside: Tensor) -> Tensor:
+    """Return scores lowered outside the coreset by more than any two of a token's scores can make up for."""
+    spread = scores.amax(-1, keepdim=True) - scores.amin(-1, keepdim=True)
+    return torch.where(inside, scores, scores - (2 * spread + 1))
+
+
+def restrict_groups(masked: Tensor, penalised: Tensor, inside: Tensor, top_k: int) -> Tensor:
+    """Return what the last top-k of a group-limited router ranks.
+
+    Args:
+        masked: [T, E], what the router's own group mask made of `penalised`.
+        penalised: [T, E], see penalise().
+        inside: [T, E] bool, the coreset.
+        top_k: experts a token.
+    """
+    in_groups = inside & (masked == penalised)
+    enough = in_groups.sum(-1, keepdim=True) >= top_k
+    spread = penalised.amax(-1, keepdim=True) - penalised.amin(-1, keepdim=True)
+    topped_up = torch.where(in_groups, masked, penalised - (spread + 1))
+    return restrict(torch.where(enough, masked, topped_up), inside)
+
+
+def unroute(scores: Tensor, ranking: Tensor, voting: Tensor) -> Tensor:
+    """Point the tokens that do not vote at the experts that voting tokens use most.
+
+    Args:
+        scores: [T, E], the constrained scores of all tokens.
+        ranking: [E] fp32, see choose().
+        voting: [T] bool.
+    """
+    return torch.where(voting.unsqueeze(-1), scores, ranking.to(scores.dtype))

@@ -1,0 +1,61 @@
+"""Trace a function over tensors on a graph's fake values and inline its body: how rules reach the compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Decompositions = dict[Any, Callable[..., Any]] | None
+Argument = fx.Node | int
+
+
+def trace(rule: Callable[..., Any], args: Sequence[Argument], decompositions: Decompositions = None) -> fx.Graph:
+    """Return the graph of `rule`, a pure function of tensors and sizes, on the fake values of `args`.
+
+    Traced without gradients: a rule decides which experts run, and that decision has none.
+    """
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    mode = detect_fake_mode(values)
+    assert mode is not None, "the graph's values are not fake"
+    with mode, enable_python_dispatcher(), torch.no_grad(), torch._C._DisableAutocast():
+        traced = make_fx(rule, decomposition_table=decompositions, tracing_mode="real")(*values)
+    traced.graph.eliminate_dead_code()
+    assert not list(traced.graph.find_nodes(op="get_attr")), "a rule must make its constants from its arguments"
+    return traced.graph
+
+
+def inline(graph: fx.Graph, before: fx.Node, body: fx.Graph, args: Sequence[Argument]) -> list[fx.Node]:
+    """Copy `body` into `graph` ahead of a node and return the nodes of its results, which must be distinct."""
+    env: dict[fx.Node, Any] = dict(zip(body.find_nodes(op="placeholder"), args, strict=True))
+    trace_of = before.meta.get("stack_trace")
+    for node in body.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "output":
+            break
+        with graph.inserting_before(before):
+            copied = graph.node_copy(node, lambda old: env[old])
+        copied.meta["stack_trace"] = trace_of
+        env[node] = copied
+    return [env[node] for node in body.output_node().all_input_nodes]
+
+
+def size_argument(graph: fx.Graph, before: fx.Node, tensor: fx.Node, dim: int) -> Argument:
+    """Return a tensor's size along `dim` as an int, or as a node where it is symbolic."""
+    value = tensor.meta["val"].shape[dim]
+    if isinstance(value, int):
+        return value
+    for node in graph.find_nodes(op="placeholder"):
+        held = node.meta.get("val")
+        if isinstance(held, torch.SymInt) and held.node.expr == value.node.expr:
+            return node
+    with graph.inserting_before(before):
+        node = graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
+    node.meta["val"] = value
+    return node

@@ -1,0 +1,103 @@
+"""The passes in their order, and the one loop that finds sites, runs them, lints, counts and logs."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+from dmoe_compile.passes import dmoe
+from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, constrain, find_layout
+from dmoe_compile.passes.count import count_unique
+from dmoe_compile.passes.inline import Decompositions
+from dmoe_compile.passes.sites import Refusal, Site, Sources, find_sites
+from torch import fx
+from torch._dynamo.utils import counters
+
+log = logging.getLogger(__name__)
+
+POLICIES: Mapping[str, ModuleType] = {"dmoe": dmoe}
+"""Coreset methods by name: modules with `Options` and `coreset(scores, ids, voting, options)`."""
+
+
+@dataclass
+class Findings:
+    """What one run of the pipeline found and did.
+
+    `layouts` go with `outcomes`; `num_outputs` is how many outputs were appended to the graph.
+    """
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
+    num_outputs: int = 0
+
+    @property
+    def rewritten(self) -> int:
+        """Sites whose routing was changed."""
+        return sum(outcome.rewritten for outcome in self.outcomes)
+
+
+def run(
+    graph: fx.Graph,
+    sources: Sources,
+    passes: Mapping[str, Any],
+    settings: Settings,
+    *,
+    stats: bool = False,
+    decompositions: Decompositions = None,
+    joint: bool = False,
+) -> Findings:
+    """Find the sites of `graph`, rewrite them in place, and return what was done.
+
+    Args:
+        graph: functional aten, as normalised for inference or as AOTAutograd's joint graph.
+        sources: what is known of its inputs.
+        passes: options by the name of the pass, in the order to run.
+        settings: what every coreset method shares.
+        stats: append the unique experts of every site to the outputs (never in a joint graph).
+        decompositions: the table that the graph was made with; what is inlined must match.
+        joint: the graph holds gradients too.
+    """
+    sites, refusals = find_sites(graph, sources)
+    tracer = Tracer(decompositions, share=not joint)
+    findings = Findings(refusals=refusals, layouts=[find_layout(graph, site, sources) for site in sites])
+    by_selection: dict[fx.Node, Outcome] = {}
+    for site, where in zip(sites, findings.layouts, strict=True):
+        outcome = by_selection.get(site.select)  # one router may drive two banks: it is rewritten once
+        outcome = replace(outcome, site=site) if outcome else _route(graph, site, where, passes, settings, tracer)
+        by_selection[site.select] = outcome
+        findings.outcomes.append(outcome)
+    if stats and not joint:
+        findings.num_outputs = count_unique(graph, list(zip(sites, findings.layouts, strict=True)), tracer)
+    if findings.rewritten or findings.num_outputs:
+        graph.lint()
+    _count(findings)
+    return findings
+
+
+def _route(
+    graph: fx.Graph, site: Site, where: Layout, passes: Mapping[str, Any], settings: Settings, tracer: Tracer
+) -> Outcome:
+    """Run the selected coreset method on one site."""
+    for name, options in passes.items():
+        rule = functools.partial(POLICIES[name].coreset, options=options)
+        return constrain(graph, site, where, rule, (name, options), settings, tracer)
+    return Outcome(site, False, "no pass is selected")
+
+
+def _count(findings: Findings) -> None:
+    """Log every decision and add it up in torch._dynamo.utils.counters["dmoe"]."""
+    counters["dmoe"]["sites"] += len(findings.outcomes)
+    counters["dmoe"]["sites_rewritten"] += findings.rewritten
+    counters["dmoe"]["refused"] += len(findings.refusals)
+    for outcome in findings.outcomes:
+        site = outcome.site
+        what = "rewritten" if outcome.rewritten else f"left alone: {outcome.reason}"
+        log.info("%s: %d of %d experts by %s: %s", site.name, site.top_k, site.num_experts, site.score_function, what)
+        log.debug("%s: %s", site.name, outcome)
+    for refusal in findings.refusals:
+        log.info("%s: refused: %s", refusal.name, refusal.reason)

@@ -1,0 +1,45 @@
+"""Settings and fixtures that every test shares. The one place besides the package that touches sys.path: see below."""
+
+import os
+import sys
+from pathlib import Path
+
+# `python -m pytest` puts the working directory first on sys.path. In a checkout our kernels/ would then answer to the
+# name of Hugging Face's `kernels`, which transformers looks for. Nothing is lost: the tests use the installed package.
+_ROOT = Path(__file__).parents[1]
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != _ROOT]
+
+# Read when torch and huggingface_hub are imported, hence up here.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need a network
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers fill the cores; more threads would only spin against each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("every change", deadline=None, derandomize=True)  # a first example may compile
+hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000, print_blob=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="also run the tests marked nightly")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("nightly" if config.getoption("--nightly") else "every change")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--nightly"):
+        return
+    for item in items:
+        if item.get_closest_marker("nightly"):
+            item.add_marker(pytest.mark.skip(reason="runs only with --nightly"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test():
+    """One seed, and no compiled code from the test before: it counts towards Dynamo's recompile limit."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
