@@ -189,9 +189,8 @@ def _compile_joint(
     from torch._inductor import config as inductor_config
 
     theirs = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-    ours = JointPass(config, [_source(node) for node in gm.graph.find_nodes(op="placeholder")])
+    ours = JointPass(config, gm)
     patches = {**patches, "joint_custom_pre_pass": [ours, *get_custom_graph_passes(theirs)]}
-    ours.warn = functools.partial(_warn, gm, config=config)
     return _inductor(gm, example_inputs, patches)
 
 
@@ -200,34 +199,38 @@ class JointPass(CustomGraphPass):
 
     Args:
         config: what to run.
-        inputs: for each of Dynamo's placeholders, its source and whether it is a parameter.
+        gm: Dynamo's graph, which knows where the inputs come from.
     """
 
-    def __init__(self, config: Config, inputs: Sequence[tuple[str, bool]]) -> None:
+    def __init__(self, config: Config, gm: fx.GraphModule) -> None:
         self.config = config
-        self.inputs = inputs
-        self.warn: Callable[[Findings], None] = lambda findings: None
+        self.inputs = [_source(node) for node in gm.graph.find_nodes(op="placeholder")]
+        self.warn = functools.partial(_warn, gm, config=config)
 
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.decomposition import select_decomp_table
 
-        paths, parameters = {}, set()
-        for node in graph.find_nodes(op="placeholder"):
-            index = getattr(node.meta.get("desc"), "idx", None)
-            if isinstance(index, int) and not node.name.startswith("tangents_") and index < len(self.inputs):
-                paths[node.name], is_parameter = self.inputs[index]
-                if is_parameter:
-                    parameters.add(node.name)
-        settings = Settings(self.config.block_length, self.config.max_block_tokens)
+        config = self.config
         findings = pipeline.run(
             graph,
-            Sources(paths, frozenset(parameters)),
-            self.config.selected,
-            settings,
+            self.sources(graph),
+            config.selected,
+            Settings(config.block_length, config.max_block_tokens),
             decompositions=select_decomp_table(),
             joint=True,
         )
         self.warn(findings)
+
+    def sources(self, graph: fx.Graph) -> Sources:
+        """Return what is known of a joint graph's inputs: AOTAutograd numbers them as Dynamo does."""
+        paths, parameters = {}, set()
+        for node in graph.find_nodes(op="placeholder"):
+            index = getattr(node.meta.get("desc"), "idx", None)  # tangents describe an output instead
+            if isinstance(index, int) and index < len(self.inputs):
+                paths[node.name], is_parameter = self.inputs[index]
+                if is_parameter:
+                    parameters.add(node.name)
+        return Sources(paths, frozenset(parameters))
 
     def uuid(self) -> tuple[str, str, str]:
         """Return what the result depends on: our sources, the options, and what the inputs are."""

@@ -193,7 +193,11 @@ class _Finder:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.live = _forward_nodes(graph)
         nodes = [n for target in _SELECTIONS for n in graph.find_nodes(op="call_function", target=target)]
-        found = [s for n in sorted(nodes, key=self.position.__getitem__) if n in self.live and (s := _selection(n))]
+        found = [
+            s
+            for n in sorted(nodes, key=self.position.__getitem__)
+            if n in self.live and (s := _selection(n, self.live))
+        ]
         self.selections = {sel.node: sel for sel in found}
 
     def run(self) -> tuple[list[Site], list[Refusal]]:
@@ -477,7 +481,7 @@ class _Finder:
         return ".".join(common) or str(bank.experts[0])
 
 
-def _selection(node: fx.Node) -> _Selection | None:
+def _selection(node: fx.Node, live: set[fx.Node]) -> _Selection | None:
     """Read a topk, sort, argmax or max over the last dim of floating-point scores; None for any other use."""
     scores = node.args[0]
     if not isinstance(scores, fx.Node) or not _is_float(scores) or len(dims := shape(scores) or ()) < 2:
@@ -493,22 +497,29 @@ def _selection(node: fx.Node) -> _Selection | None:
     if op is aten.max:
         return _Selection(node, scores, ids, 1, num_experts)
     if op is aten.sort:
-        return _sorted_selection(node, scores, ids, num_experts)
+        return _sorted_selection(node, scores, ids, num_experts, live)
     top_k = node.args[1]
     return _Selection(node, scores, ids, top_k, num_experts) if isinstance(top_k, int) else None
 
 
-def _sorted_selection(node: fx.Node, scores: fx.Node, ids: fx.Node, num_experts: int) -> _Selection | None:
+def _sorted_selection(
+    node: fx.Node, scores: fx.Node, ids: fx.Node, num_experts: int, live: set[fx.Node]
+) -> _Selection | None:
     """Read sort(descending)[..., :k]: the one slice that every reader of the indices goes through."""
     rank = len(shape(scores) or ())
-    slices = [user for user in ids.users if user.op != "output"]
-    if len(slices) != 1 or packet(slices[0]) is not aten.slice:
-        return None
-    cut = slices[0]
-    dim, start, end = _argument(cut, "dim", 0), _argument(cut, "start", None), _argument(cut, "end", None)
-    if dim not in (-1, rank - 1) or start not in (0, None) or not isinstance(end, int) or end >= num_experts:
-        return None
-    return _Selection(node, scores, cut, end, num_experts)
+    cut = ids
+    while len(users := [user for user in cut.users if user in live and shape(user)]) == 1:
+        (cut,) = users  # the gradient of sort, which reads all indices, is not live
+        if packet(cut) is not aten.slice:
+            return None
+        dim, start, end = _argument(cut, "dim", 0), _argument(cut, "start", None), _argument(cut, "end", None)
+        if start not in (0, None):
+            return None
+        if dim in (-1, rank - 1):
+            return (
+                _Selection(node, scores, cut, end, num_experts) if isinstance(end, int) and end < num_experts else None
+            )
+    return None
 
 
 def _argument(node: fx.Node, name: str, default: Any) -> Any:

@@ -1,0 +1,381 @@
+"""The matcher on real models, in all the forms that they compile in, and on code made to mislead it."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dmoe_compile.passes.sites import Refusal, Site
+from torch import Tensor, fx, nn
+from torch.testing import assert_close
+
+import capture
+import zoo
+
+DTYPES = (torch.float32, torch.bfloat16)
+DYNAMIC = (False, True)
+
+
+@pytest.mark.parametrize("dynamic", DYNAMIC, ids=["static", "dynamic"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("experts", zoo.EXPERTS)
+@pytest.mark.parametrize("name", zoo.ROUTABLE)
+def test_reads_every_router_of_a_model(name: str, experts: zoo.Experts, dtype: torch.dtype, dynamic: bool) -> None:
+    model, inputs = zoo.build(name, experts, dtype), zoo.inputs(name)
+    (found, refused), _ = capture.inference(model, **inputs, dynamic=dynamic)
+    with_gradients, _ = capture.joint(model, **inputs, dynamic=dynamic)
+    for sites in (found, with_gradients):
+        check_facts(sites, zoo.expected(name), experts)
+    assert refused == []
+
+
+def check_facts(sites: list[Site], expected: zoo.Expected, experts: str) -> None:
+    assert [site.name for site in sites] == list(expected.names)  # all layers, in order, none twice
+    for site in sites:
+        groups = (site.groups.count, site.groups.top_k) if site.groups else None
+        read = (site.num_experts, site.top_k, site.score_function, site.bias, groups, site.renormalised)
+        e = expected
+        assert read == (e.num_experts, e.top_k, e.score_function, e.bias, e.groups, e.renormalised)
+        assert site.form == experts
+        assert len(site.expert_weights) == 2  # gate and up in one, down
+        assert site.escapes == ()
+
+
+@pytest.mark.parametrize("experts", zoo.EXPERTS)
+@pytest.mark.parametrize("name", zoo.ROUTABLE)
+def test_combine_is_what_the_experts_return(name: str, experts: zoo.Experts) -> None:
+    model, inputs, returned = zoo.build(name, experts), zoo.inputs(name), []
+    for path in zoo.expected(name).experts:
+        module = model.get_submodule(path)
+        module.register_forward_hook(lambda _module, _args, output: returned.append(output))
+    with torch.no_grad():
+        model(**inputs)
+    values = run_to(model, inputs, lambda site: site.combine)
+    assert len(values) == len(returned) > 0
+    for value, output in zip(values, returned, strict=True):
+        assert_close(value.reshape(output.shape), output, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
+
+
+def run_to(model: nn.Module, inputs: dict[str, Any], node_of: Any) -> list[Tensor]:
+    """Return what a node of every site holds when the graph runs on `inputs`."""
+    for module in model.modules():
+        module._forward_hooks.clear()  # Dynamo would trace them
+    kept: list[Tensor] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
+        aten, sources = capture.normalise(gm, example_inputs)
+        sites, _ = capture.find_sites(aten.graph, sources)
+        wanted = {node_of(site): i for i, site in enumerate(sites)}
+
+        class Keep(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                if n in wanted:
+                    kept.append(value)
+                return value
+
+        return Keep(aten).run
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**inputs)
+    return kept
+
+
+def test_refuses_phimoe() -> None:
+    (sites, refused), _ = capture.inference(zoo.build("phimoe"), **zoo.inputs("phimoe"))
+    assert sites == []
+    assert [refusal.name for refusal in refused] == list(zoo.expected("phimoe").names)
+    assert all("2 separate selections" in refusal.reason for refusal in refused)
+
+
+E, H, WIDTH, K = 6, 16, 8, 2  # experts, hidden and expert width, experts a token; E is no power of two
+
+
+class Moe(nn.Module):
+    """A router and a bank of experts; subclasses select in their own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(H, E, bias=False)
+        self.up = nn.Parameter(torch.randn(E, WIDTH, H))
+        self.down = nn.Parameter(torch.randn(E, H, WIDTH))
+        self.shared = nn.Linear(H, H)
+
+    def experts(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x: [T, H], ids and weights: [T, k] -> [T, H]."""
+        pairs = x.repeat_interleave(ids.shape[1], 0).unsqueeze(-1)
+        chosen = ids.reshape(-1)
+        y = torch.bmm(self.down[chosen], F.silu(torch.bmm(self.up[chosen], pairs))).squeeze(-1)
+        return (y.view(*ids.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return scores.topk(K, -1)
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)
+        weights, ids = self.select(self.gate(rows).softmax(-1))
+        return (rows + self.shared(rows) + self.experts(rows, ids, weights)).view_as(x)
+
+
+class Sorted(Moe):
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        values, order = scores.sort(-1, descending=True)
+        return values[:, :K], order[:, :K]
+
+
+class StablySorted(Moe):
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :K]
+        return scores.gather(-1, order), order
+
+
+class Argmax(Moe):
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        ids = scores.argmax(-1, keepdim=True)
+        return scores.gather(-1, ids), ids
+
+
+class Max(Moe):
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        values, ids = scores.max(-1, keepdim=True)
+        return values, ids
+
+
+class TopOne(Moe):
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return scores.topk(1, -1)
+
+
+class Rows(Moe):
+    """Routes [B, S, E] as it is."""
+
+    def forward(self, x: Tensor) -> Any:
+        weights, ids = self.gate(x).softmax(-1).topk(K, -1)
+        return x + self.experts(x.view(-1, H), ids.view(-1, K), weights.view(-1, K)).view_as(x)
+
+
+class NoResidual(Moe):
+    """Two layers with nothing between them: the second's experts are not the first's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = Moe()
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)
+        for moe in (self, self.second):
+            weights, ids = moe.select(moe.gate(rows).softmax(-1))
+            rows = moe.experts(rows, ids, weights)
+        return rows.view_as(x)
+
+
+FORMS = {Sorted: K, StablySorted: K, Argmax: 1, Max: 1, TopOne: 1, Rows: K, Moe: K}
+
+
+@pytest.mark.parametrize(("form", "k"), FORMS.items(), ids=lambda x: getattr(x, "__name__", str(x)))
+@pytest.mark.parametrize("dynamic", DYNAMIC, ids=["static", "dynamic"])
+def test_finds_selections_that_are_no_topk_of_rows(form: type[Moe], k: int, dynamic: bool) -> None:
+    model, x = form(), torch.randn(2, 5, H)
+    (sites, refused), _ = capture.inference(model, x, dynamic=dynamic)
+    with_gradients, _ = capture.joint(model, x, dynamic=dynamic)
+    for (site,) in (sites, with_gradients):
+        assert (site.num_experts, site.top_k, site.score_function, site.bias, site.groups) == (
+            E,
+            k,
+            "softmax",
+            False,
+            None,
+        )
+        assert site.combine.meta["val"].numel() == x.numel()
+        assert site.expert_bytes == 4 * (WIDTH * H + H * WIDTH)
+    assert refused == []
+
+
+def test_layers_without_a_residual_keep_their_own_experts() -> None:
+    (sites, _), _ = capture.inference(NoResidual(), torch.randn(2, 5, H))
+    assert [len(site.experts) for site in sites] == [2, 2]
+    assert not set(sites[0].experts) & set(sites[1].experts)
+    assert sites[1].name == "second"
+
+
+class TwoBanks(Moe):
+    """One router for two banks, the second behind a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = Moe()
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)
+        weights, ids = self.select(self.gate(rows).softmax(-1))
+        rows = rows + self.experts(rows, ids, weights)
+        return rows + self.other.experts(rows, ids, weights)
+
+
+class TwoBanksSummed(TwoBanks):
+    """Their sum is what both flow into: one site."""
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)
+        weights, ids = self.select(self.gate(rows).softmax(-1))
+        return rows + self.experts(rows, ids, weights) + self.other.experts(rows * 2, ids, weights)
+
+
+class SharedRouter(TwoBanks):
+    """Two selections from the same scores."""
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)
+        scores = self.gate(rows).softmax(-1)
+        rows = rows + self.experts(rows, *reversed(scores.topk(K, -1)))
+        return rows + self.other.experts(rows, *reversed(scores.topk(K + 1, -1)))
+
+
+def test_one_router_may_drive_two_banks() -> None:
+    (sites, refused), _ = capture.inference(TwoBanks(), torch.randn(2, 5, H))
+    assert len(sites) == 2
+    assert sites[0].select is sites[1].select
+    assert set(sites[0].expert_weights).isdisjoint(sites[1].expert_weights)
+    assert sites[0].combine is not sites[1].combine
+    assert refused == []
+
+
+def test_two_banks_that_are_summed_first_have_their_own_combine() -> None:
+    (sites, _), _ = capture.inference(TwoBanksSummed(), torch.randn(2, 5, H))
+    assert len(sites) == 2
+    assert len({site.combine for site in sites}) == 2
+
+
+def test_two_selections_may_share_a_router() -> None:
+    (sites, refused), _ = capture.inference(SharedRouter(), torch.randn(2, 5, H))
+    assert [site.top_k for site in sites] == [K, K + 1]
+    assert sites[0].logits is sites[1].logits
+    assert refused == []
+
+
+class SideOutputs(Moe):
+    """Returns everything that a trainer may ask for."""
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)
+        logits = self.gate(rows)
+        probs = logits.softmax(-1)
+        weights, ids = self.select(probs)
+        load = F.one_hot(ids, E).float().mean((0, 1))
+        return rows + self.experts(rows, ids, weights), logits, probs, ids, weights, (load * probs.mean(0)).sum()
+
+
+def test_lists_what_leaves_and_changes() -> None:
+    model, x = SideOutputs(), torch.randn(2, 5, H)
+    for sites, _ in (capture.inference(model, x)[0], capture.joint(model, x)):
+        (site,) = sites
+        returned = [escape for escape in site.escapes if "returned" in escape]
+        assert len(returned) == 2  # ids and weights; neither logits nor probs
+        assert any("int64[10, 2]" in escape for escape in returned)
+        assert any("float32[10, 2]" in escape for escape in returned)
+        assert any("reads the routing" in escape for escape in site.escapes)  # the load of the auxiliary loss
+
+
+class Vocabulary(Moe):
+    """Sampling: the best tokens of a vocabulary, and their embeddings."""
+
+    def forward(self, x: Tensor) -> Any:
+        return F.linear(x.view(-1, H), self.shared.weight).topk(3, -1)
+
+
+class Codebook(Moe):
+    """Looks rows of a table up: [E, H], no experts."""
+
+    def forward(self, x: Tensor) -> Any:
+        values, ids = self.gate(x.view(-1, H)).topk(K, -1)
+        return (self.gate.weight[ids] * values.softmax(-1).unsqueeze(-1)).sum(1)
+
+
+class SparseAttention(Moe):
+    """Selects keys, which are activations; the layer after it is routed, and none of this one's business."""
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)[:E]
+        values, ids = (rows @ self.shared(rows).t()).topk(K, -1)
+        rows = rows + (self.shared(rows)[ids] * values.softmax(-1).unsqueeze(-1)).sum(1)
+        weights, ids = self.select(self.gate(rows).softmax(-1))
+        return rows + self.experts(rows, ids, weights)
+
+
+class Soft(Moe):
+    """Every expert for every token, weighted by all the scores."""
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)
+        y = torch.einsum("eho,teo->teh", self.down, F.silu(torch.einsum("eoh,th->teo", self.up, rows)))
+        return (y * self.weights(self.gate(rows).softmax(-1)).unsqueeze(-1)).sum(1)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        return scores
+
+
+class Masked(Soft):
+    """A top-k that only masks results that were computed anyway."""
+
+    def weights(self, scores: Tensor) -> Tensor:
+        values, ids = scores.topk(K, -1)
+        return torch.zeros_like(scores).scatter(-1, ids, values)
+
+
+class Smallest(Moe):
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        return scores.topk(K, -1, largest=False)
+
+
+REFUSED = {
+    Vocabulary: "select no expert weights",
+    Codebook: "select no expert weights",
+    Soft: "run on every token",
+    Masked: "run on every token",
+}
+
+
+@pytest.mark.parametrize(("form", "reason"), REFUSED.items(), ids=lambda x: getattr(x, "__name__", ""))
+def test_refuses_with_a_reason(form: type[Moe], reason: str) -> None:
+    model, x = form(), torch.randn(2, 5, H)
+    for sites, refused in (capture.inference(model, x)[0], capture.joint(model, x)):
+        assert sites == []
+        assert any(reason in refusal.reason for refusal in refused)
+
+
+def test_refuses_sparse_attention_and_finds_the_layer_after_it() -> None:
+    (sites, refused), _ = capture.inference(SparseAttention(), torch.randn(2, 5, H))
+    assert len(sites) == 1
+    assert refused == [Refusal(f"topk over {E}", "what it ranks does not come from one linear router")]
+
+
+def test_smallest_k_is_no_routing() -> None:
+    (sites, _), _ = capture.inference(Smallest(), torch.randn(2, 5, H))
+    assert sites == []
+
+
+class Broken(Moe):
+    """The experts are in another graph."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.select(self.gate(x.view(-1, H)).softmax(-1))
+
+
+def test_a_router_without_experts_is_told_from_sampling() -> None:
+    (_, (router,)), _ = capture.inference(Broken(), torch.randn(2, 5, H))
+    assert router.is_router
+    assert router.name == "gate"
+
+
+def test_names_are_unique_and_the_graph_is_untouched() -> None:
+    model, inputs = zoo.build("deepseek_v3", num_layers=3), zoo.inputs("deepseek_v3")
+    (sites, _), aten = capture.inference(model, **inputs)
+    assert [site.name for site in sites] == ["model.layers.1.mlp", "model.layers.2.mlp"]
+    before = aten.code
+    aten.recompile()
+    assert aten.code == before
+    assert all(a.select is not b.select for a, b in itertools.combinations(sites, 2))
