@@ -58,7 +58,9 @@ def demo(
     """Decode with transformers' DiffusionGemma through stock Inductor and through dmoe, and compare."""
     with _usage_errors():
         from dmoe_compile import demo as demonstration
+        from dmoe_compile.bench import require_compiler
 
+        require_compiler()
         settings = demonstration.Settings(config, steps, repeats, threads, seed)
     with _progress() as progress:
         result = demonstration.run(settings, progress)
@@ -90,7 +92,10 @@ def explain(
         from dmoe_compile import Config
         from dmoe_compile import demo as demonstration
         from dmoe_compile import explain as examine
+        from dmoe_compile.bench import require_compiler
 
+        if verify:
+            require_compiler()
         options = _options(passes, option or [])
         Config.from_options(options)  # before the model loads, which can take minutes
         loaded = demonstration.load(model, batch, tokens, trust_remote_code)
@@ -114,7 +119,9 @@ def overhead(
     """What the backend costs: matcher, compile time cold and warm, guards, and time per call."""
     with _usage_errors():
         from dmoe_compile.bench import overhead as figure
+        from dmoe_compile.bench import require_compiler
 
+        require_compiler()
         settings = figure.Settings(layers, repeats, calls, threads)
     with _progress() as progress:
         rows = figure.run(settings, progress)

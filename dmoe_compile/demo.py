@@ -323,6 +323,12 @@ def _ways(model: DiffusionGemmaForBlockDiffusion) -> dict[str, Row | None]:
     return {"inductor": None, "dmoe": lossy, "counted": lossy | {"stats": True}, "all experts": all_experts}
 
 
+def _prompt(model: DiffusionGemmaForBlockDiffusion, seed: int) -> Tensor:
+    """Return random tokens [1, _PROMPT_TOKENS]; below 3 are padding, begin and end of text."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, model.config.text_config.vocab_size, (1, _PROMPT_TOKENS), generator=generator)
+
+
 def _specialise(router: nn.Linear) -> None:
     """Give a router's rows log-normal lengths, around logits of standard deviation _LOGIT_STD.
 
@@ -337,7 +343,8 @@ def _layers(
     model: DiffusionGemmaForBlockDiffusion, before: dict[str, list[int]], after: dict[str, list[int]]
 ) -> list[Layer]:
     """Average the unique experts that each site counted, forward by forward."""
-    assert before.keys() == after.keys() and before, "the two counted decodings found different layers, or none"
+    assert before, "no layer was counted"
+    assert before.keys() == after.keys(), "the two counted decodings found different layers"
     found = []
     for name in before:
         experts = model.get_submodule(f"{name}.experts")
@@ -393,10 +400,7 @@ class _Decoder:
         self.model = model
         self.settings = settings
         self.timing = Timing()
-        vocabulary = torch.arange(3, model.config.text_config.vocab_size)  # below: padding, begin and end of text
-        self.prompt = vocabulary[
-            torch.randperm(len(vocabulary), generator=torch.Generator().manual_seed(settings.seed))
-        ]
+        self.prompt = _prompt(model, settings.seed)
 
     def decode(self, tick: Callable[[], None]) -> Tensor:
         """Return the tokens [1, prompt + L] of one decoding; time it, and call `tick` after every decoder forward."""
@@ -414,7 +418,7 @@ class _Decoder:
         torch.manual_seed(self.settings.seed)
         start = time.perf_counter()
         out = self.model.generate(
-            self.prompt[None, :_PROMPT_TOKENS],
+            self.prompt,
             max_new_tokens=self.model.config.canvas_length,
             max_denoising_steps=self.settings.steps,
             cache_implementation="static",

@@ -29,6 +29,18 @@ def environment() -> Row:
     }
 
 
+def require_compiler() -> None:
+    """Raise ValueError where Inductor will find no C++ compiler; its own error comes after minutes, from inside."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        way_out = "install one (Debian and Ubuntu: apt install g++), or name one in the environment variable CXX"
+        raise ValueError(f"Inductor needs a C++ compiler and finds none; {way_out}") from error
+
+
 def describe(env: Mapping[str, Any]) -> str:
     """Return an environment as one line under a table."""
     where = f"{env['device']} ({env['isa']}), {env['threads']} of {env['cores']} cores"

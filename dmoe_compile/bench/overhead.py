@@ -4,7 +4,8 @@ The model is a qwen3_moe: hidden 256, 64 experts, 8 a token, grouped_mm, one seq
 Providers: plain Inductor, dmoe with no pass, and dmoe with the dMoE rule on every layer.
 
     first call   seconds of torch.compile and the first call, in a fresh process. Cold: with an empty cache folder of
-                 its own; warm: a second process on that folder. Providers take turns; imports are not counted.
+                 its own; warm: a second process on that folder. Providers take turns. Building the model and importing
+                 torch and transformers are not counted; what a first compile imports is.
     matcher      milliseconds to find all sites in the normalised graph, over the number of sites.
     guards       leaf guards that Dynamo checks on every call.
     call         microseconds of one call; "outside" is what is not spent in Inductor's generated code: guards,
@@ -298,7 +299,7 @@ def _time_calls(
     """Return microseconds of each call by provider: whole, and outside of Inductor's generated code. In turns."""
     from torch._inductor.output_code import CompiledFxGraph
 
-    original = CompiledFxGraph.__call__
+    original = CompiledFxGraph.__call__  # what AOTAutograd's wrappers call; no public hook is as close
     inside_ns = 0
 
     def timed(self: CompiledFxGraph, inputs: Any) -> Any:
