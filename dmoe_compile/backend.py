@@ -145,7 +145,7 @@ def _inline_constants(gm: fx.GraphModule) -> None:
         if constant is None:
             continue
         with gm.graph.inserting_before(node):
-            kwargs = {"dtype": constant.dtype, "device": constant.device}
+            kwargs: dict[str, Any] = {"dtype": constant.dtype, "device": constant.device}
             literal = gm.graph.call_function(torch.tensor, (constant.tolist(),), kwargs)
         literal.meta = node.meta
         node.replace_all_uses_with(literal)
