@@ -10,6 +10,7 @@ Left alone: forwards of more than `max_block_tokens` tokens a sequence.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _MAX_STEPS_TO_ROWS = 64  # nodes between a router's matmul and [B, S, H] rows; diffusion_gemma's norm has 9
+_MASK = re.compile(r"\b(decoder_)?attention_mask\b")  # as transformers' forwards and diffusers' pipelines name it
 Size = int | torch.SymInt
 
 
@@ -89,13 +91,18 @@ class Tracer:
         return inline(graph, before, body, args)
 
 
-def find_layout(graph: fx.Graph, site: Site, sources: Sources) -> Layout:
-    """Find B and S behind a site's flattened tokens, and the mask that says which of them are padding."""
-    rows = _rows(site)
-    if rows is None:
-        return Layout(None, 1, (shape(site.scores) or (0,))[0], None)
-    batch, seq, *_ = shape(rows) or (0, 0)
-    return Layout(rows, batch, seq, _attention_mask(graph, sources, batch, seq))
+def find_layouts(graph: fx.Graph, sites: Sequence[Site], sources: Sources) -> list[Layout]:
+    """Find B and S behind every site's flattened tokens, and the mask that says which of them are padding."""
+    rows = [_rows(site) for site in sites]
+    lengths = [dims[1] for node in rows if node is not None and (dims := shape(node))]
+    layouts = []
+    for site, node in zip(sites, rows, strict=True):
+        if node is None:
+            layouts.append(Layout(None, 1, (shape(site.scores) or (0,))[0], None))
+        else:
+            batch, seq, *_ = shape(node) or (0, 0)
+            layouts.append(Layout(node, batch, seq, _attention_mask(graph, sources, batch, seq, lengths)))
+    return layouts
 
 
 def constrain(
@@ -224,15 +231,30 @@ def _rows(site: Site) -> fx.Node | None:
     return None
 
 
-def _attention_mask(graph: fx.Graph, sources: Sources, batch: Size, seq: Size) -> fx.Node | None:
-    """Return the input named attention_mask of [B, at least S], if the graph has one."""
+def _attention_mask(
+    graph: fx.Graph, sources: Sources, batch: Size, seq: Size, lengths: Sequence[Size]
+) -> fx.Node | None:
+    """Return the 2D attention mask, [B, at least S], that ends with a site's tokens, if the graph has one.
+
+    A longer one covers cached tokens too, unless it is as long as another site's tokens: then it is theirs
+    (an encoder's in the graph of its decoder).
+    """
+    longest: tuple[Size, fx.Node] | None = None
     for node in graph.find_nodes(op="placeholder"):
         dims = shape(node)
-        if dims is None or len(dims) != 2 or "attention_mask" not in sources.paths.get(node.name, node.name):
+        if dims is None or len(dims) != 2 or not _MASK.search(sources.paths.get(node.name, node.name)):
             continue
-        if statically_known_true(dims[0] == batch) and dims[1] >= seq:
+        if node.meta["val"].is_floating_point():
+            continue  # 0 and -inf, to be added to scores: another convention
+        if not statically_known_true(dims[0] == batch) or not dims[1] >= seq:
+            continue
+        if statically_known_true(dims[1] == seq):
             return node
-    return None
+        if any(statically_known_true(dims[1] == length) for length in lengths):
+            continue
+        if longest is None or dims[1] > longest[0]:
+            longest = dims[1], node
+    return longest[1] if longest else None
 
 
 def _notes(where: Layout) -> tuple[str, ...]:

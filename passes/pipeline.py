@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from dmoe_compile.passes import dmoe
-from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, constrain, find_layout
+from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, constrain, find_layouts
 from dmoe_compile.passes.count import count_unique
 from dmoe_compile.passes.inline import Decompositions
 from dmoe_compile.passes.sites import Refusal, Site, Sources, find_sites
@@ -64,7 +64,7 @@ def run(
     """
     sites, refusals = find_sites(graph, sources)
     tracer = Tracer(decompositions, share=not joint)
-    findings = Findings(refusals=refusals, layouts=[find_layout(graph, site, sources) for site in sites])
+    findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
     by_selection: dict[fx.Node, Outcome] = {}
     for site, where in zip(sites, findings.layouts, strict=True):
         outcome = by_selection.get(site.select)  # one router may drive two banks: it is rewritten once
