@@ -15,7 +15,9 @@ import functools
 import gc
 import hashlib
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ from dmoe_compile.runtime import recorder
 log = logging.getLogger(__name__)
 
 _SELECTIONS = {"topk", "sort", "argsort", "argmax", "max"}
+_MAX_NOTICES = 256  # torch.compile() calls whose warnings are remembered
+_notices: OrderedDict[int, Notices] = OrderedDict()
 _INPUT_META = ("tensor_dict", "grapharg")  # what AOTAutograd reads off Dynamo's placeholders: static inputs, sources
 
 
@@ -67,8 +71,8 @@ def dmoe(
         _say_how_to_select()
         return _inductor(gm, example_inputs, patches)
     if _needs_gradient(example_inputs):
-        return _compile_joint(gm, example_inputs, config, patches)
-    return _compile_inference(gm, example_inputs, config, patches)
+        return _compile_joint(gm, example_inputs, config, patches, _notices_of(options))
+    return _compile_inference(gm, example_inputs, config, patches, _notices_of(options))
 
 
 def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: Any) -> Any:
@@ -178,11 +182,11 @@ def _fake(fake_mode: FakeTensorMode, x: Any) -> Any:
 
 
 def rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, notices: Notices
 ) -> tuple[fx.GraphModule, Findings] | None:
     """Return Dynamo's graph normalised and rewritten by the selected passes, with what they found.
 
-    None where the graph can't be read; that, and passes that changed nothing, is warned of once a compile.
+    None where the graph can't be read; that, and passes that changed nothing, goes to `notices`.
     """
     try:
         aten, sources = normalise(gm, example_inputs)
@@ -190,19 +194,20 @@ def rewrite(
         settings = Settings(config.block_length, config.max_block_tokens)
         findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=config.stats)
     except Exception as error:
-        log.warning("compiled as plain Inductor would: the graph can't be read (%s: %s)", type(error).__name__, error)
+        notices.warn(f"the graph can't be read ({type(error).__name__}: {error}). Compiled as plain Inductor would.")
         log.debug("why the graph can't be read", exc_info=True)
         return None
     aten.recompile()
     _trace_artifact("dmoe_graph_after", aten)
-    _warn(gm, findings, config)
+    if config.passes:
+        notices.take(gm, findings, config)
     return aten, findings
 
 
 def _compile_inference(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any]
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any], notices: Notices
 ) -> Callable[..., Any]:
-    rewritten = rewrite(gm, example_inputs, config)
+    rewritten = rewrite(gm, example_inputs, config, notices)
     if rewritten is None:
         return _inductor(gm, example_inputs, patches)
     aten, findings = rewritten
@@ -214,16 +219,16 @@ def _compile_inference(
 
 
 def _compile_joint(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any]
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any], notices: Notices
 ) -> Callable[..., Any]:
     if config.stats:
-        log.warning("stats=True records nothing where gradients are required; call the model under torch.no_grad()")
+        notices.warn("stats=True records nothing where gradients are required; call the model under torch.no_grad()")
     if not config.passes:
         return _inductor(gm, example_inputs, patches)
     from torch._inductor import config as inductor_config
 
     theirs = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-    ours = JointPass(config, gm)
+    ours = JointPass(config, gm, notices)
     patches = {**patches, "joint_custom_pre_pass": [ours, *get_custom_graph_passes(theirs)]}
     return _inductor(gm, example_inputs, patches)
 
@@ -234,12 +239,14 @@ class JointPass(CustomGraphPass):
     Args:
         config: what to run.
         gm: Dynamo's graph, which knows where the inputs come from.
+        notices: what takes the findings.
     """
 
-    def __init__(self, config: Config, gm: fx.GraphModule) -> None:
+    def __init__(self, config: Config, gm: fx.GraphModule, notices: Notices) -> None:
         self.config = config
+        self.gm = gm
         self.inputs = [_source(node) for node in gm.graph.find_nodes(op="placeholder")]
-        self.warn = functools.partial(_warn, gm, config=config)
+        self.notices = notices
 
     def __call__(self, graph: fx.Graph) -> None:
         from torch._inductor.decomposition import select_decomp_table
@@ -253,7 +260,7 @@ class JointPass(CustomGraphPass):
             decompositions=select_decomp_table(),
             joint=True,
         )
-        self.warn(findings)
+        self.notices.take(self.gm, findings, config)
 
     def sources(self, graph: fx.Graph) -> Sources:
         """Return what is known of a joint graph's inputs: AOTAutograd numbers them as Dynamo does."""
@@ -307,38 +314,64 @@ def _source(placeholder: fx.Node) -> tuple[str, bool]:
     return path, in_module or bool(placeholder.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
 
 
-def _warn(gm: fx.GraphModule, findings: Findings, config: Config) -> None:
-    """Say once, for a compile whose passes changed nothing, which module is why and what to do."""
-    if findings.rewritten or not config.passes:
-        return
-    reason = getattr(gm, "compile_subgraph_reason", None)
-    broken = str(reason.reason) if reason is not None and reason.graph_break else ""
-    names = ", ".join(config.passes)
+@dataclass
+class Notices:
+    """What the graphs of one torch.compile() have shown so far, so that each warning comes once, and none too many.
+
+    A model falls into several graphs where Dynamo breaks it; most of them rightly hold no router.
+    """
+
+    of: object = None  # the options of the torch.compile(), held so that no other dict takes their id
+    in_pieces: bool = False
+    said: set[str] = field(default_factory=set)
+
+    def take(self, gm: fx.GraphModule, findings: Findings, config: Config) -> None:
+        """Warn where the passes changed nothing in a graph: which module is why, and what to do."""
+        reason = getattr(gm, "compile_subgraph_reason", None)
+        broken = str(reason.reason) if reason is not None and reason.graph_break else ""
+        message = _complaint(gm, findings, broken)
+        if message and not (self.in_pieces and not findings.outcomes and not findings.refusals):
+            self.warn(f"{', '.join(config.passes)}: {message} Compiled as plain Inductor would.")
+        self.in_pieces |= bool(broken or findings.outcomes)
+
+    def warn(self, message: str) -> None:
+        """Log a warning unless it has been said."""
+        if message not in self.said:
+            self.said.add(message)
+            log.warning("%s", message)
+
+
+def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
+    """Return why the passes changed nothing, "" where they did; `broken` is Dynamo's reason to end the graph."""
+    if findings.rewritten:
+        return ""
+    if left := [outcome for outcome in findings.outcomes if not outcome.rewritten]:
+        return f"{left[0].site.name} was left alone: {left[0].reason}."
     routers = [refusal.name for refusal in findings.refusals if refusal.is_router]
     if broken and routers:
-        log.warning(
-            "%s: the experts of %s are not in the same graph as their router: Dynamo broke the graph there (%s). "
-            "Compiled as plain Inductor would. Way out: make the experts traceable, in transformers with "
-            "model.set_experts_implementation('grouped_mm'); fullgraph=True shows where a graph breaks.",
-            names, routers[0], _first_line(broken),
-        )  # fmt: skip
-    elif left := [outcome for outcome in findings.outcomes if not outcome.rewritten]:
-        log.warning(
-            "%s: %s was left alone: %s. Compiled as plain Inductor would.", names, left[0].site.name, left[0].reason
+        return (
+            f"the experts of {routers[0]} are not in the same graph as their router: Dynamo broke the graph there "
+            f"({broken.strip().splitlines()[0]}). Way out: make the experts traceable, in transformers with "
+            "model.set_experts_implementation('grouped_mm'); fullgraph=True shows where a graph breaks."
         )
-    elif findings.refusals:
-        refusal = findings.refusals[0]
-        log.warning(
-            "%s: no site was found; %s was refused: %s. Compiled as plain Inductor would. "
-            "dmoe_compile.explain(model, ...) lists every refusal.",
-            names, refusal.name, refusal.reason,
-        )  # fmt: skip
-    elif not broken:
-        log.warning(
-            "%s: no mixture-of-experts router in the graph of %s: compiled as plain Inductor would. "
-            "Drop the pass for this model, or compile the module that holds its experts.",
-            names, _root_name(gm),
-        )  # fmt: skip
+    if findings.refusals:
+        name, reason = findings.refusals[0].name, findings.refusals[0].reason
+        return f"no site was found; {name} was refused: {reason}. dmoe_compile.explain(model, ...) lists every refusal."
+    if broken:
+        return ""
+    return (
+        f"no mixture-of-experts router in the graph of {_root_name(gm)}. Drop the pass for this model, or compile "
+        "the module that holds its experts."
+    )
+
+
+def _notices_of(options: Mapping[str, Any] | None) -> Notices:
+    """Return the notices of the torch.compile() that these options were given to; Dynamo hands on the same dict."""
+    notices = _notices.pop(id(options), None) or Notices(options)
+    _notices[id(options)] = notices
+    while len(_notices) > _MAX_NOTICES:
+        _notices.popitem(last=False)
+    return notices
 
 
 def _root_name(gm: fx.GraphModule) -> str:
@@ -347,10 +380,6 @@ def _root_name(gm: fx.GraphModule) -> str:
         for path, owner in (node.meta.get("nn_module_stack") or {}).values():
             return f"{getattr(owner, '__name__', owner)} ({path})"
     return "the compiled function"
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
 
 
 @functools.cache

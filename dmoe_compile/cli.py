@@ -8,6 +8,7 @@ With `--json -` standard output holds JSON lines alone; the table goes to standa
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -102,7 +103,8 @@ def explain(
         config = Config.from_options(
             {"block_length": loaded.block_length, **options} if loaded.block_length else options
         )
-    report = examine(loaded.model, config=config, verify=verify, **loaded.inputs)
+    with _quiet():
+        report = examine(loaded.model, config=config, verify=verify, **loaded.inputs)
     _show(report.table(), _report_rows(report, model, config.to_options()), json, [loaded.note, *_remarks(report)])
     if report.verified is False:
         _fail("a coreset of all experts changed the model's output; please report it with the JSON lines of --json")
@@ -168,8 +170,16 @@ def _progress() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
+    with _quiet(), Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
         yield progress
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out Dynamo's warning that transformers' experts ask a cached function for the version of torch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        yield
 
 
 def _show(table: Table, rows: list[Row], json: str | None, remarks: Iterable[str] = ()) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -129,7 +128,7 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
     config = config or Config(passes=("dmoe",))
     before = _Watch(replace(config, passes=(), stats=True))
     after = _Watch(replace(config, stats=True))
-    with _warnings() as warnings:
+    with _silenced():
         _run(model, before, args, kwargs)
         _run(model, after, args, kwargs)
     sites = [
@@ -138,7 +137,7 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
     ]
     refused = [(refusal.name, refusal.reason) for refusal in after.refusals]
     verified = _verify(model, config, args, kwargs) if verify else None
-    return Report(sites, refused, warnings, after.graphs, verified)
+    return Report(sites, refused, sorted(after.notices.said), after.graphs, verified)
 
 
 class _Watch:
@@ -150,10 +149,11 @@ class _Watch:
         self.refusals: list[Refusal] = []
         self.counts: list[int | None] = []
         self.graphs = 0
+        self.notices = backend.Notices()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        rewritten = backend.rewrite(gm, example_inputs, self.config)
+        rewritten = backend.rewrite(gm, example_inputs, self.config, self.notices)
         if rewritten is None:
             return gm.forward
         aten, findings = rewritten
@@ -193,23 +193,13 @@ def _verify(model: Any, config: Config, args: tuple[Any, ...], kwargs: Mapping[s
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """Collect what the backend warns of, instead of printing it."""
-    collected: list[str] = []
-
-    class Collect(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.levelno >= logging.WARNING and record.getMessage() not in collected:
-                collected.append(record.getMessage())
-
-    handler, propagate = Collect(), backend.log.propagate
-    backend.log.addHandler(handler)
-    backend.log.propagate = False
+def _silenced() -> Iterator[None]:
+    """Keep the backend from logging what the report says."""
+    disabled, backend.log.disabled = backend.log.disabled, True
     try:
-        yield collected
+        yield
     finally:
-        backend.log.removeHandler(handler)
-        backend.log.propagate = propagate
+        backend.log.disabled = disabled
 
 
 def _site_report(outcome: Outcome, before: int | None, after: int | None) -> SiteReport:

@@ -11,7 +11,7 @@ from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 
-from dmoe_compile.backend import JointPass, normalise
+from dmoe_compile.backend import JointPass, Notices, normalise
 from dmoe_compile.config import Config
 
 Found = tuple[list[Site], list[Refusal]]
@@ -46,7 +46,7 @@ def joint(model: Any, *args: Any, dynamic: bool | None = None, **kwargs: Any) ->
             raise Stop
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        return compile_fx(gm, example_inputs, config_patches={"joint_custom_pre_pass": Look(Config(), gm)})
+        return compile_fx(gm, example_inputs, config_patches={"joint_custom_pre_pass": Look(Config(), gm, Notices())})
 
     torch._dynamo.reset()
     with torch.enable_grad(), torch._inductor.config.patch(force_disable_caches=True):
