@@ -155,7 +155,7 @@ class _Routing:
         rows = scores.reshape(batch * seq, scores.shape[-1])
         blocks = self._blocks(batch, seq, mask)
         inside, ranking = choose(rows, blocks, self.top_k, self.rule)
-        return self._unrouted(restrict(rows, inside), ranking, blocks).reshape(scores.shape)
+        return _unrouted(restrict(rows, inside), inside, ranking, blocks).reshape(scores.shape)
 
     def penalised(self, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return what a group-limited router ranks groups by, which experts are inside, and the common ranking."""
@@ -168,15 +168,19 @@ class _Routing:
     ) -> Tensor:
         """Return what its selection ranks, from what its group mask made of the penalised scores."""
         limited = restrict_groups(masked, penalised, inside, self.top_k)
-        rows = limited.reshape(batch * seq, masked.shape[-1])
-        return self._unrouted(rows, ranking, self._blocks(batch, seq, mask)).reshape(masked.shape)
+        rows = (batch * seq, masked.shape[-1])
+        blocks = self._blocks(batch, seq, mask)
+        return _unrouted(limited.reshape(rows), inside.reshape(rows), ranking, blocks).reshape(masked.shape)
 
     def _blocks(self, batch: int, seq: int, mask: tuple[Tensor, ...]) -> Blocks:
         return Blocks(batch, seq, self.block_length, voting_tokens(seq, *mask) if mask else None)
 
-    @staticmethod
-    def _unrouted(scores: Tensor, ranking: Tensor, blocks: Blocks) -> Tensor:
-        return scores if blocks.voting is None else unroute(scores, ranking, blocks.voting.reshape(-1))
+
+def _unrouted(scores: Tensor, inside: Tensor, ranking: Tensor, blocks: Blocks) -> Tensor:
+    """Unroute padding, but where its block may use every expert: then nothing at all is to change."""
+    if blocks.voting is None:
+        return scores
+    return unroute(scores, ranking, blocks.voting.reshape(-1) | inside.all(-1))
 
 
 def _constrain_groups(

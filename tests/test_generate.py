@@ -29,7 +29,7 @@ from dmoe_compile import routing_stats
 from dmoe_compile.backend import dmoe
 
 K = zoo.EXPECTED["diffusion_gemma"].top_k
-RULE = {"passes": ["dmoe"], "block_length": zoo.CANVAS, "stats": True}
+RULE: dict[str, Any] = {"passes": ["dmoe"], "block_length": zoo.CANVAS, "stats": True}
 ALL_EXPERTS = RULE | {"dmoe.min_experts": zoo.EXPECTED["diffusion_gemma"].num_experts, "experts": False}
 # top_p so low that every block's coreset is exactly its min_experts: what is counted is then known in advance.
 FEWEST = RULE | {"dmoe.top_p": 1e-6, "dmoe.min_experts": K}
