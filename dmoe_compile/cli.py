@@ -11,6 +11,7 @@ import ast
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -57,7 +58,7 @@ def demo(
     json: Json = None,
 ) -> None:
     """Decode with transformers' DiffusionGemma through stock Inductor and through dmoe, and compare."""
-    with _usage_errors():
+    with _usage_errors(json):
         from dmoe_compile import demo as demonstration
         from dmoe_compile.bench import require_compiler
 
@@ -89,7 +90,7 @@ def explain(
     json: Json = None,
 ) -> None:
     """Show every mixture-of-experts site of a model: found, rewritten or refused and why, and experts used."""
-    with _usage_errors():
+    with _usage_errors(json):
         from dmoe_compile import Config
         from dmoe_compile import demo as demonstration
         from dmoe_compile import explain as examine
@@ -119,7 +120,7 @@ def overhead(
     json: Json = None,
 ) -> None:
     """What the backend costs: matcher, compile time cold and warm, guards, and time per call."""
-    with _usage_errors():
+    with _usage_errors(json):
         from dmoe_compile.bench import overhead as figure
         from dmoe_compile.bench import require_compiler
 
@@ -155,9 +156,11 @@ def _literal(text: str) -> Any:
 
 
 @contextmanager
-def _usage_errors() -> Iterator[None]:
+def _usage_errors(json: str | None) -> Iterator[None]:
     """Turn a ValueError, which says what the caller did, into one line and exit code 2."""
     try:
+        if json not in (None, "-") and not (folder := Path(json).parent).is_dir():  # said now, not after minutes
+            raise ValueError(f"--json {json}: there is no folder {folder}; make it first")
         yield
     except ValueError as error:
         typer.echo(f"dmoe: {str(error).strip().splitlines()[0]}", err=True)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_compile.backend import dmoe
-from dmoe_compile.bench import Row, describe, environment
+from dmoe_compile.bench import Bar, Row, describe, environment
 from dmoe_compile.runtime import routing_stats
 
 if TYPE_CHECKING:
@@ -228,8 +228,9 @@ class Result:
         repeats = f"medians of {self.settings.repeats} decodings each, in turn"
         return (
             f"Measured: forwards, unique experts (mean over forwards), times ({repeats}). Predicted: bytes = unique "
-            "experts x bytes of an expert. Random weights; router rows are rescaled so that some experts are more popular "
-            f"than others, as in a trained model. dmoe.top_p={TOP_P}, dmoe.min_experts={MIN_EXPERTS}.\n{describe(self.env)}"
+            "experts x bytes of an expert. Random weights; router rows are rescaled so that some experts are more "
+            f"popular than others, as in a trained model. dmoe.top_p={TOP_P}, dmoe.min_experts={MIN_EXPERTS}.\n"
+            f"{describe(self.env)}"
         )
 
 
@@ -238,7 +239,7 @@ def run(settings: Settings, progress: Progress | None = None) -> Result:
     with _threads(settings.threads):
         model = build(SIZES[settings.size], settings.seed)
         decoders = {way: _Decoder(model, settings, options) for way, options in _ways(model).items()}
-        bar = _Bar(progress, total=settings.steps * (len(decoders) + len(TIMED) * settings.repeats))
+        bar = Bar(progress, total=settings.steps * (len(decoders) + len(TIMED) * settings.repeats))
         tokens, unique = {}, {}
         for way, decoder in decoders.items():
             bar.say(f"compile and decode: {way}")
@@ -371,22 +372,6 @@ def _threads(num_threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class _Bar:
-    """A progress bar that counts decoder forwards, or nothing where none is wanted."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress = progress
-        self.task = progress.add_task("", total=total) if progress else None
-
-    def say(self, text: str) -> None:
-        if self.progress and self.task is not None:
-            self.progress.update(self.task, description=text)
-
-    def advance(self) -> None:
-        if self.progress and self.task is not None:
-            self.progress.advance(self.task)
 
 
 class _Decoder:

@@ -9,7 +9,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 Row = dict[str, Any]
 
@@ -55,6 +58,22 @@ def write_rows(rows: Iterable[Mapping[str, Any]], destination: str) -> None:
         sys.stdout.flush()
     else:
         Path(destination).write_text(text)
+
+
+class Bar:
+    """A progress bar of `total` steps, or nothing where none is wanted."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self.progress = progress
+        self.task = progress.add_task("", total=total) if progress else None
+
+    def say(self, text: str) -> None:
+        if self.progress and self.task is not None:
+            self.progress.update(self.task, description=text)
+
+    def advance(self) -> None:
+        if self.progress and self.task is not None:
+            self.progress.advance(self.task)
 
 
 def _cpu_name() -> str:

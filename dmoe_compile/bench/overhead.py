@@ -30,7 +30,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
-from dmoe_compile.bench import Row, describe, environment
+from dmoe_compile.bench import Bar, Row, describe, environment
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -74,14 +74,13 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
     for turn in range(settings.repeats):
         for name in _rotated(list(PROVIDERS), turn):
             jobs += [("first call", name, "cold"), ("first call", name, "warm")]
-    task = progress.add_task("", total=len(jobs)) if progress else None
+    bar = Bar(progress, total=len(jobs))
     steady: list[Row] = []
     seconds: dict[tuple[str, str], list[float]] = {}
     env: Row = {}
     with _cache_folders() as folder_of:
         for kind, provider, cache in jobs:
-            if progress and task is not None:
-                progress.update(task, description=" ".join((kind, provider, cache)).strip())
+            bar.say(" ".join((kind, provider, cache)).strip())
             answer = _in_fresh_process(
                 {"kind": kind, "provider": provider, **asdict(settings)}, folder_of(provider, cache)
             )
@@ -89,8 +88,7 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
             steady += answer.get("rows", [])
             if kind == "first call":
                 seconds.setdefault((provider, cache), []).append(answer["s"])
-            if progress and task is not None:
-                progress.advance(task)
+            bar.advance()
     common = env | {"layers": settings.layers, "tokens": _TOKENS}
     return [common | row for row in _first_call_rows(seconds) + steady]
 

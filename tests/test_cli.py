@@ -1,0 +1,217 @@
+"""The command line: exit codes, one-line errors, where output goes. What is measured is tested beside its module."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import dmoe_compile
+from dmoe_compile import cli, demo
+from dmoe_compile.bench import overhead
+
+
+def invoke(*args):
+    """Run the command in this process; an exception that is no exit is a failure of the test."""
+    return CliRunner().invoke(cli.app, args, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("explain",), ("bench",), ("bench", "overhead")], ids=" ".join)
+def test_help(command):
+    result = invoke(*command, "--help")
+    assert result.exit_code == 0
+    assert "Usage:" in result.stdout
+
+
+def test_help_does_not_wait_for_torch():
+    script = "import sys; from dmoe_compile import cli; print(*{'torch', 'transformers', 'rich'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() in ([], ["rich"])  # typer may load rich for its help
+
+
+USAGE_ERRORS = {
+    "no such model": (["explain", "qwen3_mo"], ["'qwen3_mo'", "qwen3_moe"]),
+    "a hub name": (["explain", "Qwen/Qwen3-30B-A3B"], ["Qwen/Qwen3-30B-A3B", "nothing is downloaded"]),
+    "no such pass": (["explain", "qwen3_moe", "--passes", "dmo"], ["'dmo'", "dmoe"]),
+    "a pass twice": (["explain", "qwen3_moe", "--passes", "dmoe,dmoe"], ["twice"]),
+    "out of range": (["explain", "qwen3_moe", "--option", "dmoe.top_p=1.5"], ["dmoe.top_p=1.5", "(0, 1]"]),
+    "wrong type": (["explain", "qwen3_moe", "--option", "block_length=long"], ["block_length='long'", "integer"]),
+    "no such option": (["explain", "qwen3_moe", "--option", "dmoe.topp=0.5"], ["dmoe.topp", "dmoe.top_p"]),
+    "no value": (["explain", "qwen3_moe", "--option", "stats"], ["'stats'", "KEY=VALUE"]),
+    "passes as an option": (["explain", "qwen3_moe", "--option", "passes=dmoe"], ["--passes dmoe"]),
+    "no tokens": (["explain", "qwen3_moe", "--tokens", "0"], ["tokens is 0", "at least 1"]),
+    "no steps": (["demo", "--steps", "0"], ["steps is 0", "at least 1"]),
+    "no threads": (["demo", "--threads", "-1"], ["threads is -1", "at least 1"]),
+    "no folder for json": (["demo", "--json", "no/such/out.jsonl"], ["no/such", "make it first"]),
+    "no layers": (["bench", "overhead", "--layers", "0"], ["layers is 0", "at least 1"]),
+}
+
+
+@pytest.mark.parametrize(("args", "words"), USAGE_ERRORS.values(), ids=USAGE_ERRORS)
+def test_a_usage_error_is_one_line_and_exit_code_2(args, words):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("dmoe: ")
+    assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize("args", [["demo", "--config", "huge"], ["bench", "speed"], ["explain"], ["demo", "--fast"]])
+def test_what_the_parser_refuses_exits_with_2(args):
+    result = invoke(*args)
+    assert result.exit_code == 2
+    assert "Error" in result.stderr
+
+
+@pytest.mark.parametrize("args", [["demo"], ["bench", "overhead"], ["explain", "qwen3_moe", "--verify"]], ids=" ".join)
+def test_no_compiler_is_said_before_anything_runs(args):
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        result = invoke(*args)
+    assert result.exit_code == 2
+    assert "C++ compiler" in result.stderr
+    assert "CXX" in result.stderr
+
+
+VALUES = {
+    "true": True,
+    "False": False,
+    "none": None,
+    "3": 3,
+    "0.5": 0.5,
+    "max-autotune": "max-autotune",
+    "[1, 2]": [1, 2],
+}
+
+
+@pytest.mark.parametrize(("text", "value"), VALUES.items())
+def test_option_values_are_typed(text, value):
+    parsed = cli._options("a, b", [f"key={text}"])
+    assert parsed == {"passes": ["a", "b"], "key": value}
+    assert type(parsed["key"]) is type(value)
+
+
+def test_an_option_value_may_hold_an_equals_sign():
+    assert cli._options("", ["key=a=b"]) == {"passes": [], "key": "a=b"}
+
+
+def test_explain_writes_lines_of_json_alone_to_stdout():
+    result = invoke("explain", "qwen3_moe", "--option", "dmoe.min_experts=8", "--tokens", "48", "--json", "-")
+    assert result.exit_code == 0
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    sites = [row for row in rows if row["kind"] == "site"]
+    assert [site["name"] for site in sites] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    for site in sites:
+        assert (site["num_experts"], site["top_k"], site["rewritten"]) == (128, 8, True)
+        assert 8 <= site["unique_experts_after"] < site["unique_experts_before"] <= 128
+    assert all(row["model"] == "qwen3_moe" and row["torch"] == torch.__version__ for row in rows)
+    assert rows[0]["options"]["dmoe.min_experts"] == 8
+    assert "rewritten" in result.stderr
+    assert "tiny random qwen3_moe" in result.stderr  # that it isn't the published model is said
+
+
+@pytest.fixture
+def explained(monkeypatch):
+    """Stand in for explain(); holds what it was asked, and what it answers."""
+    asked = SimpleNamespace(report=dmoe_compile.Report())
+
+    def explain(model, *, config, verify, **inputs):
+        vars(asked).update(model=model, config=config, verify=verify, inputs=inputs)
+        return asked.report
+
+    monkeypatch.setattr(dmoe_compile, "explain", explain)
+    return asked
+
+
+def test_explain_passes_on_what_it_was_asked(explained):
+    option = ["--option", "dmoe.top_p=0.8", "--option", "block_length=16"]
+    result = invoke("explain", "mixtral", *option, "--tokens", "24", "--batch", "3")
+    assert result.exit_code == 0
+    assert explained.config.to_options() == {"passes": ["dmoe"], "block_length": 16} | dmoe_options(top_p=0.8)
+    assert type(explained.model).__name__ == "MixtralForCausalLM"
+    assert explained.inputs["input_ids"].shape == (3, 24)
+    assert explained.verify is False
+
+
+def test_explain_without_passes(explained):
+    assert invoke("explain", "mixtral", "--passes", "").exit_code == 0
+    assert explained.config.passes == ()
+
+
+@pytest.mark.parametrize(
+    ("option", "block_length"), [((), 256), (("--option", "block_length=64"), 64)], ids=["left out", "given"]
+)
+def test_explain_takes_the_canvas_for_the_block(explained, option, block_length):
+    assert invoke("explain", "diffusion_gemma", *option).exit_code == 0
+    assert explained.config.block_length == block_length
+
+
+def test_explain_writes_json_to_a_file_and_the_table_to_stdout(explained, tmp_path):
+    result = invoke("explain", "mixtral", "--json", str(tmp_path / "out.jsonl"))
+    assert result.exit_code == 0
+    assert "sites" in result.stdout
+    (row,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert row["kind"] == "report"
+
+
+def test_explain_shows_everything_but_sites_below_the_table(explained):
+    explained.report = dmoe_compile.Report(refused=[("topk over 64", "[E, ., .]")], warnings=["broken"], verified=True)
+    out = invoke("explain", "mixtral").stdout
+    assert "refused topk over 64: [E, ., .]\n" in out  # brackets are no markup
+    assert "warning: broken\n" in out
+    assert "all-experts identity: holds" in out
+
+
+def test_explain_exits_with_1_when_the_identity_is_broken(explained):
+    explained.report = dmoe_compile.Report(verified=False)
+    result = invoke("explain", "mixtral", "--verify")
+    assert explained.verify is True
+    assert result.exit_code == 1
+    assert "BROKEN" in result.stdout
+    assert "changed the model's output" in result.stderr
+
+
+@pytest.mark.parametrize(("tokens_equal", "exit_code"), [(True, 0), (False, 1)])
+def test_demo_exits_with_1_when_tokens_differ(monkeypatch, tmp_path, tokens_equal, exit_code):
+    seen = []
+
+    def run(settings, progress):
+        seen.append(settings)
+        timing = demo.Timing(forwards=2, wall_s=[0.5], decoder_s=[0.25])
+        layer = demo.Layer("layer", 128, 1000, unique_before=100.0, unique_after=20.0)
+        return demo.Result(settings, {**demo.environment()}, [layer], timing, timing, tokens_equal)
+
+    monkeypatch.setattr(demo, "run", run)
+    path = tmp_path / "out.jsonl"
+    result = invoke("demo", "--config", "large", "--steps", "2", "--threads", "1", "--seed", "5", "--json", str(path))
+    assert result.exit_code == exit_code
+    assert seen == [demo.Settings("large", steps=2, repeats=5, threads=1, seed=5)]
+    assert ("changed the tokens" in result.stderr) is not tokens_equal
+    assert json.loads(path.read_text().splitlines()[-1])["tokens_equal"] is tokens_equal
+
+
+def test_bench_overhead_prints_a_table_and_lines_of_json(monkeypatch):
+    monkeypatch.setattr(overhead, "run", lambda settings, progress: overhead_rows(settings.layers))
+    result = invoke("bench", "overhead", "--layers", "3", "--json", "-")
+    assert result.exit_code == 0
+    assert [json.loads(line) for line in result.stdout.splitlines()] == overhead_rows(3)
+    assert "qwen3_moe of 3 layers" in result.stderr
+
+
+def dmoe_options(**changed):
+    return {f"dmoe.{name}": value for name, value in {"top_p": 0.6, "min_experts": 16, **changed}.items()}
+
+
+def overhead_rows(layers):
+    env = demo.environment() | {"layers": layers}
+    rows = [{"kind": "matcher", "sites": layers, "ms_per_site": 1.5}]
+    for provider in overhead.PROVIDERS:
+        for cache in ("cold", "warm"):
+            rows.append({"kind": "first call", "provider": provider, "cache": cache, "s_median": 2.0, "ratio": 1.0})
+        rows.append({"kind": "guards", "provider": provider, "guards": 12})
+        us = {"whole_us": 30.0, "extra_whole_us": 0.0, "outside_us": 10.0, "extra_outside_us": 0.0}
+        rows.append({"kind": "call", "provider": provider, **us})
+    return [env | row for row in rows]

@@ -1,0 +1,182 @@
+"""The demonstration on a model small enough for every change, and the models that `dmoe explain` loads."""
+
+import io
+import json
+import pickle
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from dmoe_compile import demo
+
+SEED = 3
+TEXT = {
+    **demo.SIZES["small"].text,
+    "layer_types": ["full_attention", "full_attention"],  # alike, so that their kernels compile once
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "num_experts": 32,
+    "top_k_experts": 4,
+}
+SIZE = demo.Size(TEXT, canvas_length=32, dtype=torch.float32)
+
+
+def test_demo(monkeypatch):
+    """Everything one run must hold, in one test: the run compiles four times."""
+    monkeypatch.setitem(demo.SIZES, "tiny", SIZE)
+    monkeypatch.setattr(demo, "MIN_EXPERTS", 8)
+    result = demo.run(demo.Settings("tiny", steps=1, repeats=2, threads=1, seed=SEED))
+    assert result.tokens_equal
+    check_layers(result.layers)
+    check_times(result)
+    check_rows(result.rows())
+
+
+def check_layers(layers):
+    """Unique experts counted in the compiled graph are those that hooks see in an eager forward of the same canvas."""
+    model = demo.build(SIZE, SEED)
+    seen = {}
+    for layer in layers:
+        router = model.get_submodule(f"{layer.name}.router")
+        router.register_forward_hook(lambda _, args, out, name=layer.name: seen.update({name: out[2].unique().numel()}))
+    torch.manual_seed(SEED)
+    model.generate(demo._prompt(model, SEED), max_new_tokens=32, max_denoising_steps=1, disable_compile=True)
+    assert {layer.name: layer.unique_before for layer in layers} == seen
+    assert len(set(seen.values())) == 2  # else this could not tell the layers apart
+    for layer in layers:
+        assert 8 <= layer.unique_after < layer.unique_before <= layer.num_experts == 32
+        assert layer.expert_bytes == 3 * 64 * 32 * 4  # gate, up and down of [32, 64] fp32
+
+
+def check_times(result):
+    for timing in (result.inductor, result.dmoe):
+        assert timing.forwards == 1
+        assert len(timing.wall_s) == len(timing.decoder_s) == 2
+        assert all(0 < decoder < wall for decoder, wall in zip(timing.decoder_s, timing.wall_s, strict=True))
+
+
+def check_rows(rows):
+    rows = [json.loads(json.dumps(row)) for row in rows]
+    assert [row["kind"] for row in rows] == ["layer", "layer", "decoding", "decoding", "lossless"]
+    assert all({"device", "torch", "transformers", "size", "seed"} <= row.keys() for row in rows)
+    assert {row["threads"] for row in rows} == {1}
+
+
+def test_table_shows_predicted_bytes_and_marks_what_is_measured():
+    layers = [demo.Layer(f"layer {i}", 128, 500_000, unique_before=100.0, unique_after=25.0) for i in range(2)]
+    before = demo.Timing(forwards=4, wall_s=[0.2, 0.4, 0.3], decoder_s=[0.1, 0.2, 0.1])
+    after = demo.Timing(forwards=4, wall_s=[0.15, 0.15, 0.9], decoder_s=[0.05, 0.05, 0.05])
+    result = demo.Result(demo.Settings(), demo.environment(), layers, before, after, tokens_equal=False)
+    text = shown(result.table())
+    assert "-75.0%" in row_of(text, "layer 0")
+    assert row_of(text, "(predicted)").split()[-3:] == ["100.0", "25.0", "-75.0%"]
+    assert row_of(text, "generate(), ms (measured)").split()[-3:] == ["300.0", "150.0", "-50.0%"]
+    assert row_of(text, "one forward, ms (measured)").split()[-3:] == ["25.00", "12.50", "-50.0%"]
+    assert "NO" in row_of(text, "same tokens")
+    assert "Random weights" in text
+
+
+def test_settings_name_the_value_and_the_rule():
+    with pytest.raises(ValueError, match="'medium' is not one of small, large"):
+        demo.Settings("medium")
+    with pytest.raises(ValueError, match="repeats is 0, but must be at least 1"):
+        demo.Settings(repeats=0)
+
+
+def test_specialised_routers_agree_on_popular_experts():
+    """Random tokens then choose fewer distinct experts than an even router would let them."""
+    torch.manual_seed(0)
+    router = nn.Linear(256, 128, bias=False)
+    tokens = nn.functional.normalize(torch.randn(64, 256))
+    even = nn.functional.linear(tokens, torch.randn(128, 256)).topk(8).indices.unique().numel()
+    demo._specialise(router)
+    logits = router(tokens)
+    assert logits.topk(8).indices.unique().numel() < even - 10
+    assert 0.7 < logits.std() < 1.7  # around _LOGIT_STD, so that softmax is neither flat nor a single peak
+
+
+ROUTING = {
+    "qwen3_moe": {"num_experts": 128, "num_experts_per_tok": 8},
+    "deepseek_v3": {"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4},
+    "gpt_oss": {"num_local_experts": 128, "num_experts_per_tok": 4},
+    "diffusion_gemma": {"num_experts": 128, "top_k_experts": 8},
+}
+
+
+@pytest.mark.parametrize("model_type", ROUTING)
+def test_tiny_models_keep_the_routing_of_their_type(model_type):
+    loaded = demo.load(model_type, batch=2, tokens=8)
+    config = loaded.model.config.get_text_config(decoder=True)
+    assert {name: getattr(config, name) for name in ROUTING[model_type]} == ROUTING[model_type]
+    assert config.num_hidden_layers == 2
+    assert loaded.inputs["input_ids"].shape == (2, 8)
+    assert model_type in loaded.note
+    assert loaded.block_length == (256 if model_type == "diffusion_gemma" else None)
+    with torch.no_grad():
+        assert loaded.model(**loaded.inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "qwen3_vl_moe"], ids=["no default k", "too large when shrunk"])
+def test_a_type_that_can_not_be_shrunk_says_why(model_type):
+    with pytest.raises(ValueError, match=rf"{model_type} cannot be built tiny \(.+\); give a checkpoint folder"):
+        demo.load(model_type)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    demo.load("mixtral", seed=4).model.to(torch.bfloat16).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_checkpoint_folder_loads_as_it_is(checkpoint):
+    loaded = demo.load(str(checkpoint), tokens=5)
+    original = demo.load("mixtral", seed=4).model.to(torch.bfloat16)
+    assert type(loaded.model) is type(original)
+    assert not loaded.model.training
+    for name, weight in original.state_dict().items():
+        torch.testing.assert_close(loaded.model.state_dict()[name], weight, rtol=0, atol=0)
+    assert str(checkpoint) in loaded.note
+
+
+def test_only_safetensors_are_loaded(checkpoint):
+    class Evil:
+        def __reduce__(self):
+            return (checkpoint.joinpath("opened").touch, ())
+
+    checkpoint.joinpath("model.safetensors").unlink()
+    checkpoint.joinpath("pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(ValueError, match=r"holds no \.safetensors file"):
+        demo.load(str(checkpoint))
+    assert not checkpoint.joinpath("opened").exists()
+
+
+def test_code_in_a_folder_is_not_run_unless_trusted(checkpoint):
+    config = json.loads(checkpoint.joinpath("config.json").read_text())
+    config |= {"model_type": "of_my_own", "auto_map": {"AutoConfig": "code.MyConfig", "AutoModel": "code.MyModel"}}
+    checkpoint.joinpath("config.json").write_text(json.dumps(config))
+    checkpoint.joinpath("code.py").write_text(f"open({str(checkpoint / 'ran')!r}, 'w')\n")
+    with pytest.raises(ValueError, match="does not load"):
+        demo.load(str(checkpoint))
+    assert not checkpoint.joinpath("ran").exists()
+
+
+def test_a_folder_without_a_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no config\.json"):
+        demo.load(str(tmp_path))
+
+
+def shown(table):
+    out = io.StringIO()
+    Console(width=160, file=out).print(table)
+    return out.getvalue()
+
+
+def row_of(text, label):
+    (line,) = [line for line in text.splitlines() if label in line and "│" in line]
+    return line.replace("│", " ")
