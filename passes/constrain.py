@@ -154,33 +154,32 @@ class _Routing:
         """Return what the selection of a router without groups ranks: scores [T, E] or [B, S, E], restricted."""
         rows = scores.reshape(batch * seq, scores.shape[-1])
         blocks = self._blocks(batch, seq, mask)
-        inside, ranking = choose(rows, blocks, self.top_k, self.rule)
-        return _unrouted(restrict(rows, inside), inside, ranking, blocks).reshape(scores.shape)
+        inside = choose(rows, blocks, self.top_k, self.rule)
+        return self._unrouted(restrict(rows, inside), inside, blocks).reshape(scores.shape)
 
-    def penalised(self, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what a group-limited router ranks groups by, which experts are inside, and the common ranking."""
+    def penalised(self, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a group-limited router ranks groups by, and which experts are inside the coresets."""
         rows = scores.reshape(batch * seq, scores.shape[-1])
-        inside, ranking = choose(rows, self._blocks(batch, seq, mask), self.top_k, self.rule)
-        return penalise(rows, inside).reshape(scores.shape), inside.reshape(scores.shape), ranking
+        inside = choose(rows, self._blocks(batch, seq, mask), self.top_k, self.rule)
+        return penalise(rows, inside).reshape(scores.shape), inside.reshape(scores.shape)
 
-    def grouped(
-        self, masked: Tensor, penalised: Tensor, inside: Tensor, ranking: Tensor, batch: int, seq: int, *mask: Tensor
-    ) -> Tensor:
+    def grouped(self, masked: Tensor, penalised: Tensor, inside: Tensor, batch: int, seq: int, *mask: Tensor) -> Tensor:
         """Return what its selection ranks, from what its group mask made of the penalised scores."""
         limited = restrict_groups(masked, penalised, inside, self.top_k)
         rows = (batch * seq, masked.shape[-1])
         blocks = self._blocks(batch, seq, mask)
-        return _unrouted(limited.reshape(rows), inside.reshape(rows), ranking, blocks).reshape(masked.shape)
+        return self._unrouted(limited.reshape(rows), inside.reshape(rows), blocks).reshape(masked.shape)
+
+    def _unrouted(self, scores: Tensor, inside: Tensor, blocks: Blocks) -> Tensor:
+        """Unroute padding; but where every routed token may use every expert, nothing at all is to change."""
+        if blocks.voting is None:
+            return scores
+        routed = blocks.voting.reshape(-1)
+        unrestricted = (inside | ~routed.unsqueeze(-1)).all()
+        return torch.where(unrestricted, scores, unroute(scores, routed, self.top_k))
 
     def _blocks(self, batch: int, seq: int, mask: tuple[Tensor, ...]) -> Blocks:
         return Blocks(batch, seq, self.block_length, voting_tokens(seq, *mask) if mask else None)
-
-
-def _unrouted(scores: Tensor, inside: Tensor, ranking: Tensor, blocks: Blocks) -> Tensor:
-    """Unroute padding, but where its block may use every expert: then nothing at all is to change."""
-    if blocks.voting is None:
-        return scores
-    return unroute(scores, ranking, blocks.voting.reshape(-1) | inside.all(-1))
 
 
 def _constrain_groups(
@@ -189,12 +188,12 @@ def _constrain_groups(
     """Rewrite a group-limited router: penalised scores into a copy of its group mask, then the last word on order."""
     layout = layout_arguments(graph, site, where)
     args = [groups.scores, *layout]
-    penalised, inside, ranking = tracer.insert(graph, site.select, routing.penalised, args, ("penalised", key))
+    penalised, inside = tracer.insert(graph, site.select, routing.penalised, args, ("penalised", key))
     copies = {groups.scores: penalised}
     for node in _between(groups.scores, site.scores):
         with graph.inserting_before(site.select):
             copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
-    args = [copies[site.scores], penalised, inside, ranking, *layout]
+    args = [copies[site.scores], penalised, inside, *layout]
     (scores,) = tracer.insert(graph, site.select, routing.grouped, args, ("grouped", key))
     return scores
 

@@ -94,19 +94,10 @@ class Blocks:
         return self.voting.to(torch.int8).argmax(1, keepdim=True)
 
 
-def choose(scores: Tensor, blocks: Blocks, top_k: int, rule: Rule) -> tuple[Tensor, Tensor]:
-    """Apply a coreset method to selection scores [B*S, E].
-
-    Returns:
-        inside: [B*S, E] bool, the experts that each token may use.
-        ranking: [E] fp32, for tokens that are not routed: how many voting tokens use an expert of their coreset.
-    """
+def choose(scores: Tensor, blocks: Blocks, top_k: int, rule: Rule) -> Tensor:
+    """Apply a coreset method to selection scores [B*S, E]; return the experts each token may use, [B*S, E] bool."""
     split, voting = blocks.split(scores.float())
-    ids = split.topk(top_k, dim=-1).indices
-    coreset = rule(split, ids, voting)
-    uses = torch.zeros_like(split).scatter(-1, ids, voting.unsqueeze(-1).expand_as(ids).float())
-    ranking = (uses.sum(1) * coreset).sum(0)
-    return blocks.spread(coreset), ranking
+    return blocks.spread(rule(split, split.topk(top_k, dim=-1).indices, voting))
 
 
 def restrict(scores: Tensor, inside: Tensor) -> Tensor:
@@ -137,12 +128,15 @@ def restrict_groups(masked: Tensor, penalised: Tensor, inside: Tensor, top_k: in
     return restrict(torch.where(enough, masked, topped_up), inside)
 
 
-def unroute(scores: Tensor, ranking: Tensor, voting: Tensor) -> Tensor:
-    """Point the tokens that do not vote at the experts that voting tokens use most.
+def unroute(scores: Tensor, routed: Tensor, top_k: int) -> Tensor:
+    """Point the tokens that are not routed at the experts that the routed ones use most, which are read anyway.
 
     Args:
-        scores: [T, E], the constrained scores of all tokens.
-        ranking: [E] fp32, see choose().
-        voting: [T] bool.
+        scores: [T, E], what the selection ranks.
+        routed: [T] bool.
+        top_k: experts a token.
     """
-    return torch.where(voting.unsqueeze(-1), scores, ranking.to(scores.dtype))
+    ids = scores.topk(top_k, dim=-1).indices
+    counted = routed.unsqueeze(-1).expand_as(ids).float()
+    uses = torch.zeros_like(scores, dtype=torch.float32).scatter(-1, ids, counted).sum(0)
+    return torch.where(routed.unsqueeze(-1), scores, uses.to(scores.dtype))

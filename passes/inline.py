@@ -24,10 +24,18 @@ def trace(rule: Callable[..., Any], args: Sequence[Argument], decompositions: De
     mode = detect_fake_mode(values)
     assert mode is not None, "the graph's values are not fake"
     with mode, enable_python_dispatcher(), torch.no_grad(), torch._C._DisableAutocast():
+        values = [_distinct(value) for value in values]
         traced = make_fx(rule, decomposition_table=decompositions, tracing_mode="real")(*values)
     traced.graph.eliminate_dead_code()
     assert not list(traced.graph.find_nodes(op="get_attr")), "a rule must make its constants from its arguments"
     return traced.graph
+
+
+def _distinct(value: Any) -> Any:
+    """Return a fake tensor like another: sites that share a trace share values, which make_fx would take for one."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def inline(graph: fx.Graph, before: fx.Node, body: fx.Graph, args: Sequence[Argument]) -> list[fx.Node]:

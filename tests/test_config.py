@@ -83,6 +83,9 @@ WRONG = {
     "unknown pass": ({"passes": ["dmeo"]}, "'dmeo'", "nearest", "dmoe"),
     "pass named twice": ({"passes": ["dmoe", "dmoe"]}, "['dmoe', 'dmoe']", "twice"),
     "one name for a list": ({"passes": "dmoe"}, "passes='dmoe'", "list of names"),
+    "list of lists": ({"passes": [["dmoe"]]}, "['dmoe']", "nearest", "dmoe"),
+    "mode int": ({"mode": 3}, "mode=3", "nearest", "max-autotune"),
+    "key is no text": ({3: True}, "3=True", "nearest"),
     "top_p zero": ({"dmoe.top_p": 0.0}, "dmoe.top_p=0.0", "(0, 1]"),
     "top_p negative": ({"dmoe.top_p": -0.5}, "dmoe.top_p=-0.5", "(0, 1]"),
     "top_p above 1": ({"dmoe.top_p": 1.5}, "dmoe.top_p=1.5", "(0, 1]"),
@@ -125,6 +128,13 @@ def test_config_itself_refuses_what_from_options_refuses(options):
 def test_policies_are_the_options_of_a_pass(policies):
     with pytest.raises(ValueError, match=r"policies\['\w+'\]=.* must be the Options of one of: dmoe"):
         Config(policies=policies)
+
+
+@pytest.mark.parametrize("wrong", [{"min_experts": 2.5}, {"min_experts": True}, {"top_p": "0.6"}], ids=repr)
+def test_policy_options_check_their_types_themselves(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=re.escape(f"dmoe.{name}={value!r}")):
+        Options(**wrong)
 
 
 def test_compile_refuses_before_any_call():

@@ -162,6 +162,16 @@ def test_padded_rows_are_routed_as_they_would_be_alone(groups: tuple[int, int]) 
     assert not torch.equal(unmasked["ids"][1, 3:], alone[1])
 
 
+@pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
+def test_blocks_of_nothing_but_padding_activate_no_expert_of_their_own(groups: tuple[int, int]) -> None:
+    hidden, mask = torch.randn(2, 30, H), torch.ones(2, 30, dtype=torch.int64)
+    mask[:, 6:] = 0
+    out, _ = _run(_block(groups), hidden, mask)
+    routed = set(out["ids"][mask.bool()].flatten().tolist())
+    assert len(routed) < E
+    assert set(out["ids"][~mask.bool()].flatten().tolist()) <= routed
+
+
 def test_of_a_longer_mask_the_last_columns_count() -> None:
     block = _block()
     hidden, mask = _padded()
@@ -224,7 +234,7 @@ def _ones(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
         ({"keep": _ones(2, 10)}, None),
         ({"attention_mask": _ones(2, 9)}, None),  # of fewer tokens than the forward has
         ({"attention_mask": _ones(3, 10)}, None),  # of other rows
-        ({"attention_mask": _ones(2, 1, 10, 10)}, None),  # 4D: it says who sees whom
+        ({"attention_mask": _ones(2, 10, 10, 10)}, None),  # 4D: it says who sees whom, here for 10 heads
         ({"attention_mask": _ones(2, 10, dtype=torch.float32)}, None),  # to be added to scores: 0 means visible
         ({"encoder_attention_mask": _ones(2, 14), "decoder_attention_mask": _ones(2, 10)}, [2, 10]),
     ],

@@ -130,21 +130,21 @@ def test_a_row_is_routed_the_same_wherever_its_padding_stands() -> None:
 
 def _inside(scores: Tensor, layout: Blocks, options: Options = TIGHT) -> Tensor:
     """Return the experts [T, E] that each token may use under the dMoE rule."""
-    return choose(scores, layout, K, partial(coreset, options=options))[0]
+    return choose(scores, layout, K, partial(coreset, options=options))
 
 
 def _route(
     scores: Tensor, layout: Blocks, router: Callable[[Tensor], Tensor] | None, options: Options = TIGHT
 ) -> tuple[Tensor, Tensor]:
     """Return the ids [T, K] that a router with or without a group mask chooses, and what was inside its coresets."""
-    inside, ranking = choose(scores, layout, K, partial(coreset, options=options))
+    inside = _inside(scores, layout, options)
     if router is None:
         ranked = restrict(scores, inside)
     else:
         lowered = penalise(scores, inside)
         ranked = restrict_groups(router(lowered), lowered, inside, K)
     if layout.voting is not None:
-        ranked = unroute(ranked, ranking, layout.voting.view(-1))
+        ranked = unroute(ranked, layout.voting.view(-1), K)
     return ranked.topk(K).indices, inside
 
 

@@ -81,7 +81,7 @@ def test_a_wrong_rule_is_found(monkeypatch):
 def test_what_was_never_run_is_not_verified(monkeypatch):
     """A rule that can't be traced leaves the model alone: equal bits, but no proof of anything."""
 
-    def fail(*args):
+    def fail(*args, **kwargs):
         raise RuntimeError("no such rule")
 
     monkeypatch.setattr(dmoe, "coreset", fail)

@@ -179,4 +179,14 @@ class TestText(expecttest.TestCase):
         torch._dynamo.reset()
         torch.manual_seed(0)
         report = explain(Layers(), torch.randn(2, 24, 16), config=CONFIG)
-        self.assertExpectedInline(str(report), """""")
+        self.assertExpectedInline(
+            str(report),
+            """\
+2 mixture-of-experts sites in 1 graph
+  first: rewritten
+    2 of 8 experts by softmax, batched_mm, 0.000977 MiB each; block 8; unique experts 8 -> 6
+    note: no 2D attention_mask input: every token votes and blocks start at position 0
+  second: rewritten
+    2 of 8 experts by sigmoid + bias, 2 of 4 groups, batched_mm, 0.000977 MiB each; block 8; unique experts 8 -> 5
+    note: no 2D attention_mask input: every token votes and blocks start at position 0""",
+        )
