@@ -41,6 +41,7 @@ from dmoe_compile.runtime import recorder
 log = logging.getLogger(__name__)
 
 _SELECTIONS = {"topk", "sort", "argsort", "argmax", "max"}
+_JOINT = {"use_joint_graph_passes": True, "selective_decompose": False}  # mode "lite" would skip the pass
 _MAX_NOTICES = 256  # torch.compile() calls whose warnings are remembered
 _notices: OrderedDict[int, Notices] = OrderedDict()
 _INPUT_META = ("tensor_dict", "grapharg")  # what AOTAutograd reads off Dynamo's placeholders: static inputs, sources
@@ -194,8 +195,7 @@ def rewrite(
         settings = Settings(config.block_length, config.max_block_tokens)
         findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=config.stats)
     except Exception as error:
-        notices.warn(f"the graph can't be read ({type(error).__name__}: {error}). Compiled as plain Inductor would.")
-        log.debug("why the graph can't be read", exc_info=True)
+        notices.warn(_unreadable(error))
         return None
     aten.recompile()
     _trace_artifact("dmoe_graph_after", aten)
@@ -229,7 +229,7 @@ def _compile_joint(
 
     theirs = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     ours = JointPass(config, gm, notices)
-    patches = {**patches, "joint_custom_pre_pass": [ours, *get_custom_graph_passes(theirs)]}
+    patches = {**patches, **_JOINT, "joint_custom_pre_pass": [ours, *get_custom_graph_passes(theirs)]}
     return _inductor(gm, example_inputs, patches)
 
 
@@ -252,14 +252,15 @@ class JointPass(CustomGraphPass):
         from torch._inductor.decomposition import select_decomp_table
 
         config = self.config
-        findings = pipeline.run(
-            graph,
-            self.sources(graph),
-            config.selected,
-            Settings(config.block_length, config.max_block_tokens),
-            decompositions=select_decomp_table(),
-            joint=True,
-        )
+        settings = Settings(config.block_length, config.max_block_tokens)
+        table = select_decomp_table()
+        try:
+            findings = pipeline.run(
+                graph, self.sources(graph), config.selected, settings, decompositions=table, joint=True
+            )
+        except Exception as error:
+            self.notices.warn(_unreadable(error))
+            return
         self.notices.take(self.gm, findings, config)
 
     def sources(self, graph: fx.Graph) -> Sources:
@@ -341,6 +342,12 @@ class Notices:
             log.warning("%s", message)
 
 
+def _unreadable(error: Exception) -> str:
+    """Return the warning for a graph that some step of ours failed on; call it while the error is handled."""
+    log.debug("why the graph can't be read", exc_info=True)
+    return f"the graph can't be read ({type(error).__name__}: {error}). Compiled as plain Inductor would."
+
+
 def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
     """Return why the passes changed nothing, "" where they did; `broken` is Dynamo's reason to end the graph."""
     if findings.rewritten:
@@ -405,6 +412,7 @@ def _trace_artifact(name: str, gm: fx.GraphModule) -> None:
 
 def _reset() -> None:
     """What torch._dynamo.reset() calls: CUDA graphs of a dropped compile must not be replayed."""
+    _notices.clear()
     if torch.cuda.is_available():
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 

@@ -29,12 +29,13 @@ class Options:
     min_experts: int = 16
 
     def __post_init__(self) -> None:
-        if not 0 < self.top_p <= 1:
+        top_p, least = (None if isinstance(value, bool) else value for value in (self.top_p, self.min_experts))
+        if not isinstance(top_p, int | float) or not 0 < top_p <= 1:
             raise ValueError(
-                f"dmoe.top_p={self.top_p!r} must be in (0, 1]: it is a share of the block's votes; 0.6 is usual"
+                f"dmoe.top_p={self.top_p!r} must be a number in (0, 1]: a share of the block's votes; 0.6 is usual"
             )
-        if self.min_experts < 1:
-            raise ValueError(f"dmoe.min_experts={self.min_experts!r} must be at least 1; 16 is usual")
+        if not isinstance(least, int) or least < 1:
+            raise ValueError(f"dmoe.min_experts={self.min_experts!r} must be an integer of at least 1; 16 is usual")
 
     def all_experts(self) -> Options:
         """Return the options under which the rule runs in full and changes nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -61,22 +61,53 @@ def run(
         stats: append the unique experts of every site to the outputs (never in a joint graph).
         decompositions: the table that the graph was made with; what is inlined must match.
         joint: the graph holds gradients too.
+
+    Raises:
+        Exception: whatever a rule raises while it is traced; the graph is then as it was.
     """
     sites, refusals = find_sites(graph, sources)
     tracer = Tracer(decompositions, share=not joint)
     findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
-    by_selection: dict[fx.Node, Outcome] = {}
-    for site, where in zip(sites, findings.layouts, strict=True):
-        outcome = by_selection.get(site.select)  # one router may drive two banks: it is rewritten once
-        outcome = replace(outcome, site=site) if outcome else _route(graph, site, where, passes, settings, tracer)
-        by_selection[site.select] = outcome
-        findings.outcomes.append(outcome)
+    before = set(graph.nodes)
+    try:
+        findings.outcomes = _route_all(graph, sites, findings.layouts, passes, settings, tracer)
+    except Exception:
+        _restore(graph, sites, before)
+        raise
     if stats and not joint:
         findings.num_outputs = count_unique(graph, list(zip(sites, findings.layouts, strict=True)), tracer)
     if findings.rewritten or findings.num_outputs:
         graph.lint()
     _count(findings)
     return findings
+
+
+def _route_all(
+    graph: fx.Graph,
+    sites: Sequence[Site],
+    layouts: Sequence[Layout],
+    passes: Mapping[str, Any],
+    settings: Settings,
+    tracer: Tracer,
+) -> list[Outcome]:
+    """Run the selected coreset method on every site; one router may drive two banks: it is rewritten once."""
+    by_selection: dict[fx.Node, Outcome] = {}
+    outcomes = []
+    for site, where in zip(sites, layouts, strict=True):
+        outcome = by_selection.get(site.select)
+        outcome = replace(outcome, site=site) if outcome else _route(graph, site, where, passes, settings, tracer)
+        by_selection[site.select] = outcome
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _restore(graph: fx.Graph, sites: Sequence[Site], before: set[fx.Node]) -> None:
+    """Undo what was done to a graph: half of its sites rewritten would be neither routing."""
+    for site in sites:
+        site.select.update_arg(0, site.scores)
+    for node in reversed(list(graph.nodes)):
+        if node not in before:
+            graph.erase_node(node)
 
 
 def _route(

@@ -90,8 +90,8 @@ WRONG = {
     "top_p negative": ({"dmoe.top_p": -0.5}, "dmoe.top_p=-0.5", "(0, 1]"),
     "top_p above 1": ({"dmoe.top_p": 1.5}, "dmoe.top_p=1.5", "(0, 1]"),
     "top_p nan": ({"dmoe.top_p": float("nan")}, "dmoe.top_p=nan", "(0, 1]"),
-    "top_p text": ({"dmoe.top_p": "0.6"}, "dmoe.top_p='0.6'", "float"),
-    "top_p bool": ({"dmoe.top_p": True}, "dmoe.top_p=True", "float"),
+    "top_p text": ({"dmoe.top_p": "0.6"}, "dmoe.top_p='0.6'", "number"),
+    "top_p bool": ({"dmoe.top_p": True}, "dmoe.top_p=True", "number"),
     "min_experts zero": ({"dmoe.min_experts": 0}, "dmoe.min_experts=0", "at least 1"),
     "min_experts float": ({"dmoe.min_experts": 2.0}, "dmoe.min_experts=2.0", "int"),
     "block_length zero": ({"block_length": 0}, "block_length=0", "at least 1"),
@@ -138,7 +138,7 @@ def test_policy_options_check_their_types_themselves(wrong):
 
 
 def test_compile_refuses_before_any_call():
-    with pytest.raises(ValueError, match=re.escape("dmoe.top_p=1.5 must be in (0, 1]")):
+    with pytest.raises(ValueError, match=re.escape("dmoe.top_p=1.5 must be a number in (0, 1]")):
         dmoe_compile.compile(nn.Linear(2, 2), options={"passes": ["dmoe"], "dmoe.top_p": 1.5})
     with pytest.raises(ValueError, match="mode='bad' is no mode"):
         dmoe_compile.compile(nn.Linear(2, 2), mode="bad")
