@@ -364,12 +364,18 @@ def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
     if findings.refusals:
         name, reason = findings.refusals[0].name, findings.refusals[0].reason
         return f"no site was found; {name} was refused: {reason}. dmoe_compile.explain(model, ...) lists every refusal."
-    if broken:
-        return ""
+    if broken or not any(map(_is_matrix, gm.graph.find_nodes(op="placeholder"))):
+        return ""  # a piece of a model, or a helper of its own that makes masks or positions
     return (
         f"no mixture-of-experts router in the graph of {_root_name(gm)}. Drop the pass for this model, or compile "
         "the module that holds its experts."
     )
+
+
+def _is_matrix(placeholder: fx.Node) -> bool:
+    """Say whether an input of Dynamo's graph is a weight that something is multiplied by."""
+    value = placeholder.meta.get("example_value")
+    return _source(placeholder)[1] and isinstance(value, torch.Tensor) and value.dim() >= 2
 
 
 def _notices_of(options: Mapping[str, Any] | None) -> Notices:
