@@ -10,28 +10,22 @@ compile it, with one warning that says why.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import gc
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.traceback as fx_traceback
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch._guards import TracingContext
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch._logging import trace_structured
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from dmoe_compile.config import Config
+from dmoe_compile.normalise import normalise, source
 from dmoe_compile.passes import pipeline
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.pipeline import Findings
@@ -40,11 +34,9 @@ from dmoe_compile.runtime import recorder
 
 log = logging.getLogger(__name__)
 
-_SELECTIONS = {"topk", "sort", "argsort", "argmax", "max"}
 _JOINT = {"use_joint_graph_passes": True, "selective_decompose": False}  # mode "lite" would skip the pass
 _MAX_NOTICES = 256  # torch.compile() calls whose warnings are remembered
 _notices: OrderedDict[int, Notices] = OrderedDict()
-_INPUT_META = ("tensor_dict", "grapharg")  # what AOTAutograd reads off Dynamo's placeholders: static inputs, sources
 
 
 def dmoe(
@@ -97,89 +89,6 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
         raise ValueError(f"{', '.join(twice)}: given in config and as an argument; give each once")
     merged = Config.from_options({**base, **given})
     return torch.compile(model, backend="dmoe", options=merged.to_options() or None, **torch_compile_kwargs)
-
-
-def normalise(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[fx.GraphModule, Sources]:
-    """Return Dynamo's graph as functional aten with the same inputs and outputs, and where the inputs come from.
-
-    Traced without gradients, under the fake mode that AOTAutograd will use, so that sizes are the same
-    symbols. An input that the model writes to (a static KV cache) is written by a `copy_` at the end.
-    """
-    fake_mode = TracingContext.get().fake_mode
-    assert fake_mode is not None, "Dynamo left no fake mode"
-    fakes = [_fake(fake_mode, x) for x in example_inputs]
-    placeholders = gm.graph.find_nodes(op="placeholder")
-    shape_env = fake_mode.shape_env
-    quiet = shape_env.ignore_fresh_unbacked_symbols() if shape_env else contextlib.nullcontext()
-    with fake_mode, enable_python_dispatcher(), quiet, torch.no_grad(), _no_garbage_collection():
-        functional = torch.func.functionalize(_Tracing(gm).run)
-        aten = make_fx(functional, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
-    _inline_constants(aten)
-    paths, parameters = {}, set()
-    for node, origin in zip(aten.graph.find_nodes(op="placeholder"), placeholders, strict=True):
-        node.meta |= {key: origin.meta[key] for key in _INPUT_META if key in origin.meta}
-        node._dynamo_source = getattr(origin, "_dynamo_source", None)
-        paths[node.name], is_parameter = _source(origin)
-        if is_parameter:
-            parameters.add(node.name)
-    aten.meta.update(gm.meta)
-    aten._param_name_to_source = getattr(gm, "_param_name_to_source", {})  # type: ignore[assignment]
-    return aten, Sources(paths, frozenset(parameters))
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Tracing makes a million objects that all live on; to look for garbage among them is a fifth of its time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def _inline_constants(gm: fx.GraphModule) -> None:
-    """Write tensor constants (torch.tensor(2.0) in the model) back into the code as literals.
-
-    As attributes they would be taken for parameters that Dynamo does not know, and their values would be
-    no part of the key of AOTAutograd's cache.
-    """
-    for node in gm.graph.find_nodes(op="get_attr"):
-        constant = gm._buffers.get(str(node.target))
-        if constant is None:
-            continue
-        with gm.graph.inserting_before(node):
-            kwargs: dict[str, Any] = {"dtype": constant.dtype, "device": constant.device}
-            literal = gm.graph.call_function(torch.tensor, (constant.tolist(),), kwargs)
-        literal.meta = node.meta
-        node.replace_all_uses_with(literal)
-        gm.graph.erase_node(node)
-    gm._buffers.clear()
-    gm.recompile()
-
-
-class _Tracing(fx.Interpreter):
-    """Runs Dynamo's graph; what selects experts keeps its module stack, which names sites that share weights.
-
-    For every node that would cost a third of the trace.
-    """
-
-    def run_node(self, n: fx.Node) -> Any:
-        if getattr(n.target, "__name__", n.target) not in _SELECTIONS:
-            return super().run_node(n)
-        with fx_traceback.preserve_node_meta(), fx_traceback.set_current_meta(n):
-            return super().run_node(n)
-
-
-def _fake(fake_mode: FakeTensorMode, x: Any) -> Any:
-    """Return the fake tensor of an input, as dynamic as Dynamo decided it to be."""
-    if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
-        return x
-    context = TracingContext.get().tensor_to_context.get(x)
-    if context is None:
-        return fake_mode.from_tensor(x)
-    return fake_mode.from_tensor(x, symbolic_context=context, source=context.tensor_source)
 
 
 def rewrite(
@@ -245,7 +154,7 @@ class JointPass(CustomGraphPass):
     def __init__(self, config: Config, gm: fx.GraphModule, notices: Notices) -> None:
         self.config = config
         self.gm = gm
-        self.inputs = [_source(node) for node in gm.graph.find_nodes(op="placeholder")]
+        self.inputs = [source(node) for node in gm.graph.find_nodes(op="placeholder")]
         self.notices = notices
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -305,14 +214,6 @@ def _mode_options(mode: str | None) -> dict[str, Any]:
     from torch._inductor import list_mode_options
 
     return dict(list_mode_options(mode)) if mode and mode != "default" else {}
-
-
-def _source(placeholder: fx.Node) -> tuple[str, bool]:
-    """Return Dynamo's expression for an input, and whether that is a module's weight or buffer."""
-    source = getattr(placeholder, "_dynamo_source", None)
-    path = source.name if source is not None else ""
-    in_module = "._parameters[" in path or "._buffers[" in path
-    return path, in_module or bool(placeholder.meta.get("tensor_dict", {}).get("_dynamo_static_input_type"))
 
 
 @dataclass
@@ -375,7 +276,7 @@ def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
 def _is_matrix(placeholder: fx.Node) -> bool:
     """Say whether an input of Dynamo's graph is a weight that something is multiplied by."""
     value = placeholder.meta.get("example_value")
-    return _source(placeholder)[1] and isinstance(value, torch.Tensor) and value.dim() >= 2
+    return source(placeholder)[1] and isinstance(value, torch.Tensor) and value.dim() >= 2
 
 
 def _notices_of(options: Mapping[str, Any] | None) -> Notices:

@@ -18,12 +18,13 @@ def test_what_one_process_measures():
     """In one test, because it compiles three times."""
     model, ids = overhead.build(layers=1)
     with torch.no_grad():
-        rows = overhead.steady_rows(model, ids, calls=3)
+        rows, times = overhead.steady(model, ids, calls=3)
     (matcher,) = [row for row in rows if row["kind"] == "matcher"]
     assert matcher["sites"] == 1
     assert matcher["ms_per_site"] > 0
     check_guards({row["provider"]: row["guards"] for row in rows if row["kind"] == "guards"})
-    check_calls({row["provider"]: row for row in rows if row["kind"] == "call"})
+    assert [len(each) for each in times.outside.values()] == [3, 3, 3]
+    check_calls({row["provider"]: row for row in overhead._call_rows(times)})
 
 
 def check_guards(guards):
@@ -78,12 +79,22 @@ def test_ratios_are_of_medians_in_the_same_cache():
     assert [(row["s_median"], row["ratio"]) for row in rows] == [(12.0, 1.0), (15.0, 1.25)]
 
 
+def test_extra_time_is_the_median_of_differences_over_all_processes():
+    times = overhead.Times({"inductor": [10.0], "dmoe": [11.0]}, {"inductor": [1.0], "dmoe": [2.0]})
+    times.add(
+        overhead.Times({"inductor": [30.0, 20.0], "dmoe": [35.0, 22.0]}, {"inductor": [1.0] * 2, "dmoe": [1.0] * 2})
+    )
+    _, row = overhead._call_rows(times)
+    assert (row["calls"], row["whole_us"], row["extra_whole_us"], row["extra_outside_us"]) == (3, 22.0, 2.0, 0.0)
+
+
 @pytest.mark.nightly
 def test_the_whole_figure():
-    settings = overhead.Settings(layers=2, repeats=1, calls=10)
+    settings = overhead.Settings(layers=2, repeats=2, calls=10)
     rows = overhead.run(settings)
     assert all(row.keys() >= ENV and row["layers"] == 2 for row in rows)
     assert len([row for row in rows if row["kind"] == "first call"]) == 2 * len(overhead.PROVIDERS)
+    assert [row["calls"] for row in rows if row["kind"] == "call"] == [10, 10, 10]
     json.dumps(rows)
     out = io.StringIO()
     Console(width=160, file=out).print(overhead.table(rows))

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from dmoe_compile.passes.sites import Refusal, Site
+from dmoe_compile.passes.sites import Refusal, Site, find_sites
 from torch import Tensor, fx, nn
 from torch.testing import assert_close
 
 import capture
 import zoo
+from dmoe_compile.normalise import normalise
 
 DTYPES = (torch.float32, torch.bfloat16)
 DYNAMIC = (False, True)
@@ -66,8 +67,8 @@ def run_to(model: nn.Module, inputs: dict[str, Any], node_of: Any) -> list[Tenso
     kept: list[Tensor] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:
-        aten, sources = capture.normalise(gm, example_inputs)
-        sites, _ = capture.find_sites(aten.graph, sources)
+        aten, sources = normalise(gm, example_inputs)
+        sites, _ = find_sites(aten.graph, sources)
         wanted = {node_of(site): i for i, site in enumerate(sites)}
 
         class Keep(fx.Interpreter):
