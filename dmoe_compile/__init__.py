@@ -8,6 +8,7 @@ the backend entry point is looked up by torch whenever anything lists its backen
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,9 @@ if not (_here / "kernels").is_dir():  # a checkout: passes/ and kernels/ lie bes
 
 if TYPE_CHECKING:
     from dmoe_compile.backend import compile as compile
+    from dmoe_compile.capture import PrepareReport as PrepareReport
+    from dmoe_compile.capture import prepare as prepare
+    from dmoe_compile.capture import unprepare as unprepare
     from dmoe_compile.config import Config as Config
     from dmoe_compile.report import Report as Report
     from dmoe_compile.report import explain as explain
@@ -26,13 +30,26 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOME = {
     "Config": "config",
+    "PrepareReport": "capture",
     "Report": "report",
     "RoutingStats": "runtime",
     "compile": "backend",
     "explain": "report",
+    "prepare": "capture",
     "routing_stats": "runtime",
+    "unprepare": "capture",
 }
-__all__ = ["Config", "Report", "RoutingStats", "compile", "explain", "routing_stats"]
+__all__ = [
+    "Config",
+    "PrepareReport",
+    "Report",
+    "RoutingStats",
+    "compile",
+    "explain",
+    "prepare",
+    "routing_stats",
+    "unprepare",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -41,3 +58,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
+
+
+if "transformers.integrations.moe" in sys.modules:  # so that set_experts_implementation("dmoe") works at once;
+    importlib.import_module(f"{__name__}.experts").register()  # where it is loaded later, the backend registers

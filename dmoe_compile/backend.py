@@ -24,6 +24,7 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch._logging import trace_structured
 
+from dmoe_compile import auto_prepare, experts
 from dmoe_compile.config import Config
 from dmoe_compile.normalise import normalise, source
 from dmoe_compile.passes import pipeline
@@ -64,12 +65,12 @@ def dmoe(
         _say_how_to_select()
         return _inductor(gm, example_inputs, patches)
     if _needs_gradient(example_inputs):
-        return _compile_joint(gm, example_inputs, config, patches, _notices_of(options))
-    return _compile_inference(gm, example_inputs, config, patches, _notices_of(options))
+        return _compile_joint(gm, example_inputs, config, patches, notices_of(options))
+    return _compile_inference(gm, example_inputs, config, patches, notices_of(options))
 
 
 def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: Any) -> Any:
-    """Return ``torch.compile(model, backend="dmoe")`` with options that are checked now, not at the first call.
+    """Prepare a model and return ``torch.compile(model, backend="dmoe")``; options are checked now, not at a call.
 
     Args:
         model: a module or a function.
@@ -88,6 +89,9 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
     if twice := sorted(base.keys() & given.keys()):
         raise ValueError(f"{', '.join(twice)}: given in config and as an argument; give each once")
     merged = Config.from_options({**base, **given})
+    if (merged.passes or merged.stats) and isinstance(model, torch.nn.Module):
+        for message in auto_prepare.prepare_or_say(model, merged):
+            log.warning("%s", message)
     return torch.compile(model, backend="dmoe", options=merged.to_options() or None, **torch_compile_kwargs)
 
 
@@ -236,6 +240,12 @@ class Notices:
             self.warn(f"{', '.join(config.passes)}: {message} Compiled as plain Inductor would.")
         self.in_pieces |= bool(broken or findings.outcomes)
 
+    def loops(self, messages: Sequence[str]) -> None:
+        """Warn of experts in Python loops, which Dynamo will break the model at."""
+        for message in messages:
+            self.warn(message)
+            self.in_pieces = True
+
     def warn(self, message: str) -> None:
         """Log a warning unless it has been said."""
         if message not in self.said:
@@ -259,12 +269,17 @@ def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
     if broken and routers:
         return (
             f"the experts of {routers[0]} are not in the same graph as their router: Dynamo broke the graph there "
-            f"({broken.strip().splitlines()[0]}). Way out: make the experts traceable, in transformers with "
-            "model.set_experts_implementation('grouped_mm'); fullgraph=True shows where a graph breaks."
+            f"({broken.strip().splitlines()[0]}). Way out: print(dmoe_compile.prepare(model)) makes the experts "
+            "traceable, or says why not; fullgraph=True shows where a graph breaks."
         )
     if findings.refusals:
         name, reason = findings.refusals[0].name, findings.refusals[0].reason
         return f"no site was found; {name} was refused: {reason}. dmoe_compile.explain(model, ...) lists every refusal."
+    if broken and not auto_prepare.is_available():
+        return (
+            f"Dynamo broke the graph ({broken.strip().splitlines()[0]}). If the model's experts are in a Python loop, "
+            "dmoe_compile.prepare(model) makes them traceable."
+        )
     if broken or not any(map(_is_matrix, gm.graph.find_nodes(op="placeholder"))):
         return ""  # a piece of a model, or a helper of its own that makes masks or positions
     return (
@@ -279,7 +294,7 @@ def _is_matrix(placeholder: fx.Node) -> bool:
     return source(placeholder)[1] and isinstance(value, torch.Tensor) and value.dim() >= 2
 
 
-def _notices_of(options: Mapping[str, Any] | None) -> Notices:
+def notices_of(options: Mapping[str, Any] | None) -> Notices:
     """Return the notices of the torch.compile() that these options were given to; Dynamo hands on the same dict."""
     notices = _notices.pop(id(options), None) or Notices(options)
     _notices[id(options)] = notices
@@ -327,3 +342,5 @@ def _reset() -> None:
 
 
 dmoe.reset = _reset  # type: ignore[attr-defined]
+auto_prepare.install()
+experts.register()

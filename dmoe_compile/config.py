@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from dmoe_compile.passes.pipeline import POLICIES
 
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
-_OWN = ("passes", "block_length", "max_block_tokens", "experts", "stats", "mode")
+_OWN = ("passes", "block_length", "max_block_tokens", "experts", "stats", "auto_prepare", "mode")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Config:
         experts: the fused expert kernel. "auto" uses it where there is one, False never. There is none yet,
             so True is refused.
         stats: record unique experts per site and forward, see routing_stats().
+        auto_prepare: make experts in Python loops traceable, see prepare(), when a pass or `stats` needs them.
         mode: torch.compile's mode; torch forbids its own `mode=` together with `options=`.
         policies: options of a pass by its name; passes that are not named here run with their defaults.
         inductor: Inductor options (``torch._inductor.list_options()``), handed on as they are.
@@ -39,6 +40,7 @@ class Config:
     max_block_tokens: int | None = None
     experts: bool | Literal["auto"] = "auto"
     stats: bool = False
+    auto_prepare: bool = True
     mode: str | None = None
     policies: Mapping[str, Any] = field(default_factory=dict)
     inductor: Mapping[str, Any] = field(default_factory=dict)
@@ -54,8 +56,9 @@ class Config:
             raise ValueError(
                 "experts=True asks for the fused expert kernel, which this version does not have; use 'auto'"
             )
-        if not isinstance(self.stats, bool):
-            raise ValueError(f"stats={self.stats!r} must be True or False")
+        for name in ("stats", "auto_prepare"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.mode is not None and self.mode not in get_args(Mode):
             raise ValueError(
                 f"mode={self.mode!r} is no mode of torch.compile; {_nearest(str(self.mode), get_args(Mode))}"

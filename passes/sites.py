@@ -13,8 +13,9 @@ the experts run on the selected (token, expert) pairs, and a combine sums them t
 Nothing is matched by its text: score function, selection bias, groups and renormalisation are read
 from the graph. It may be functional aten or what Inductor's decompositions make of it
 (the gradient path), where softmax is exp and div, and masked_fill is where.
-Left alone, with a reason: selections that pick no expert weights (vocabulary, codebook, sparse
-attention), mixtures that run every expert on every token, experts chosen by more than one selection.
+Experts that all run on every token and are weighed by the routing afterwards are a site too: what a token
+gets follows from its selection. Left alone, with a reason: selections that pick no expert weights (vocabulary,
+codebook, sparse attention), mixtures without a selection, experts chosen by more than one selection.
 """
 
 from __future__ import annotations
@@ -158,8 +159,10 @@ class _Bank:
     weights: dict[fx.Node, None] = field(default_factory=dict)
     flow: list[fx.Node] = field(default_factory=list)
     joins: list[fx.Node] = field(default_factory=list)  # flow nodes that also read the routing
+    dense: bool = False  # every expert runs on every token, and the routing weights come after
 
     def absorb(self, other: _Bank) -> None:
+        self.dense |= other.dense
         self.experts += other.experts
         self.weights |= other.weights
         self.flow += other.flow
@@ -263,12 +266,44 @@ class _Finder:
                 if joins:
                     bank.joins.append(node)
             elif foreign and packet(node) not in _GATHERS and _is_float(node):
-                region.readers.append(node)
-                continue
+                dense = self._dense_bank(node, region, sel.num_experts)
+                if dense is None:
+                    region.readers.append(node)
+                    continue
+                region.banks.append(dense)
+                bank_of.update(dict.fromkeys(dense.flow, dense))
             else:
                 region.routing[node] = None
             visit_users(node)
         return region
+
+    def _dense_bank(self, node: fx.Node, region: _Region, num_experts: int) -> _Bank | None:
+        """Return the experts that ran on every token if `node` weighs their results [.., E, ..] by the routing."""
+        if packet(node) not in _MATMULS | {aten.mul}:
+            return None
+        bank = _Bank(flow=[node], joins=[node], dense=True)
+        stack = [a for a in node.all_input_nodes if a not in region.routing]
+        seen = set(stack)
+        while stack:
+            here = stack.pop()
+            weights = self._folded_weights(here, num_experts)
+            if here.op != "call_function" or not (
+                weights or packet(here) in _VIEWS or num_experts in (shape(here) or ())
+            ):
+                continue
+            if weights:
+                bank.experts.append(here)
+                bank.weights |= dict.fromkeys(weights)
+            bank.flow.append(here)
+            stack += [a for a in here.all_input_nodes if a not in seen]
+            seen.update(here.all_input_nodes)
+        of_experts = set(bank.experts)
+        for here in sorted(bank.flow, key=self.position.__getitem__):
+            if of_experts.intersection(here.all_input_nodes):
+                of_experts.add(here)
+        bank.flow = [here for here in bank.flow if here in of_experts]
+        bank.experts.sort(key=self.position.__getitem__)
+        return bank if node in of_experts else None
 
     @staticmethod
     def _enter(node: fx.Node, flows: list[_Bank], region: _Region, bank_of: dict[fx.Node, _Bank]) -> _Bank:
@@ -322,6 +357,13 @@ class _Finder:
                 found.append(root)
         return found
 
+    def _folded_weights(self, node: fx.Node, num_experts: int) -> list[fx.Node]:
+        """Return the parameters [E, ., .] that a matmul reads, also where E is folded into another dim."""
+        if packet(node) not in _MATMULS:
+            return []
+        roots = [root for a in node.all_input_nodes if (root := self._parameter(a)) is not None]
+        return [r for r in roots if len(dims := shape(r) or ()) >= 3 and _same(dims[0], num_experts)]
+
     def _is_linear(self, node: fx.Node) -> bool:
         return packet(node) in _MATMULS and any(self._is_static(a) for a in node.all_input_nodes)
 
@@ -372,7 +414,7 @@ class _Finder:
             hidden=hidden,
             experts=tuple(bank.experts),
             expert_weights=tuple(bank.weights),
-            form=_form(bank.experts),
+            form=_form(bank),
             combine=combine,
             escapes=tuple(
                 [f"{_describe(n)} is returned" for n in returned]
@@ -472,7 +514,7 @@ class _Finder:
         """
         weights = [*bank.weights, router_weight] if router_weight is not None else [*bank.weights]
         paths = [self.sources.module_path(w).split(".")[:-1] for w in weights]
-        common = _common_prefix(paths) or max(paths, key=len)
+        common = _common_prefix(paths) or paths[-1] or max(paths, key=len)
         selecting = _module_of(sel.node)
         if selecting and selecting[: len(common)] != common:
             router = paths[-1][len(common) :][:1]
@@ -609,12 +651,14 @@ def _elementwise_ancestors(node: fx.Node, depth: int = 4) -> Iterator[fx.Node]:
             yield from _elementwise_ancestors(parent, depth - 1)
 
 
-def _form(experts: list[fx.Node]) -> str:
+def _form(bank: _Bank) -> str:
     """Name the way the experts are computed."""
-    names = [str(packet(node)) for node in experts]
+    if bank.dense:
+        return "dense"
+    names = [str(packet(node)) for node in bank.experts]
     if any("grouped_mm" in name for name in names):
         return "grouped_mm"
-    return "batched_mm" if packet(experts[0]) in _MATMULS else names[0]
+    return "batched_mm" if packet(bank.experts[0]) in _MATMULS else names[0]
 
 
 def _matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:

@@ -31,6 +31,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name == "rewrite":
+            item.add_marker("rewrite")
     if config.getoption("--nightly"):
         return
     for item in items:

@@ -336,7 +336,6 @@ REFUSED = {
     Vocabulary: "select no expert weights",
     Codebook: "select no expert weights",
     Soft: "run on every token",
-    Masked: "run on every token",
 }
 
 
@@ -346,6 +345,14 @@ def test_refuses_with_a_reason(form: type[Moe], reason: str) -> None:
     for sites, refused in (capture.inference(model, x)[0], capture.joint(model, x)):
         assert sites == []
         assert any(reason in refusal.reason for refusal in refused)
+
+
+def test_a_selection_that_masks_dense_experts_is_a_site() -> None:
+    """All experts are computed, but what a token gets of them follows from its selection."""
+    model, x = Masked(), torch.randn(2, 5, H)
+    for sites, refused in (capture.inference(model, x)[0], capture.joint(model, x)):
+        assert [(site.name, site.form, site.num_experts, site.top_k) for site in sites] == [("gate", "dense", E, K)]
+        assert refused == []
 
 
 def test_refuses_sparse_attention_and_finds_the_layer_after_it() -> None:

@@ -1,0 +1,269 @@
+"""The weights of a list of experts in one tensor, of which each expert's parameters become views.
+
+transformers' experts implementations (grouped_mm, batched_mm) read weights [E, ., .]; published files keep a
+Linear for each expert and projection. Parameters stay the same objects under the same names and share memory
+with the stacked tensor, so state_dict, safetensors and optimizers see what they saw before.
+
+    E = experts, H = hidden, I = expert width; gate and up are both "up": whatever reads the expert's input
+    up:   [E, sum of widths, H]    the projections of the input, one below the other
+    down: [E, H, I]                the last projection
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from dmoe_compile.experts import experts_forward
+
+
+class NotStackableError(Exception):
+    """Experts that can't be stacked; the message is the reason, to be read after "its experts"."""
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """What one expert computes: down(between(up_0(x), up_1(x), ...)).
+
+    Attributes:
+        ups: paths of the Linears that read the input, in the order in which `between` takes their results.
+        down: path of the Linear that makes the output.
+        between: the elementwise part, with no parameters.
+    """
+
+    ups: tuple[str, ...]
+    down: str
+    between: fx.GraphModule
+
+
+def read_form(expert: nn.Module) -> ExpertForm:
+    """Return what an expert computes, read from its forward.
+
+    Raises:
+        NotStackableError: if it is not Linears, an elementwise function, and a Linear.
+    """
+    for path, module in expert.named_modules():
+        here = f"{type(expert).__name__}{'.' if path else ''}{path}"
+        if "forward" in module.__dict__ or any(_hooks(module)):
+            raise NotStackableError(f"have a hook or a forward of their own on {here}, which stacked weights bypass")
+        if type(module) is not nn.Linear and any(True for _ in (*module._parameters, *module._buffers)):
+            raise NotStackableError(f"hold a {_kind(module)} ({here}); only torch.nn.Linear can be stacked")
+    try:
+        graph = _LinearTracer().trace(expert)
+    except Exception as error:
+        raise NotStackableError(f"can't be traced ({type(error).__name__}: {error})") from error
+    inputs = [node for node in graph.find_nodes(op="placeholder") if node.users]
+    linears = {n: str(n.target) for n in graph.find_nodes(op="call_module") if _is_linear(expert, n)}
+    output = graph.output_node().args[0]
+    if len(inputs) != 1 or output not in linears:
+        held = ", ".join(dict.fromkeys(_kind(module) for module in expert.children()))
+        raise NotStackableError(f"({held}) are not functions of one input that end in a Linear")
+    assert isinstance(output, fx.Node)
+    if len({expert.get_submodule(path).bias is None for path in linears.values()}) > 1:
+        raise NotStackableError("have a bias on some Linears only")
+    ups = [node for node in linears if node is not output]
+    if not ups or any(node.args != (inputs[0],) for node in ups) or set(inputs[0].users) != set(ups):
+        held = ", ".join(dict.fromkeys(_kind(module) for module in expert.children()))
+        raise NotStackableError(f"({held}) are not Linears on the input, an elementwise function, and one Linear")
+    return ExpertForm(tuple(linears[up] for up in ups), linears[output], _between(expert, graph, ups, output))
+
+
+class _LinearTracer(fx.Tracer):
+    """Keeps Linears whole and goes through everything else that is no module of torch's."""
+
+
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        yield from getattr(module, name).values()
+
+
+def _is_linear(expert: nn.Module, node: fx.Node) -> bool:
+    return isinstance(expert.get_submodule(str(node.target)), nn.Linear)
+
+
+def _between(expert: nn.Module, graph: fx.Graph, ups: Sequence[fx.Node], down: fx.Node) -> fx.GraphModule:
+    """Return the part of an expert's graph that lies between its Linears, as a function of the first ones' results."""
+    part = fx.Graph()
+    env = {up: part.placeholder(f"up_{i}") for i, up in enumerate(ups)}
+    for node in graph.nodes:
+        if node in env or node is down or node.op in {"placeholder", "output"}:
+            continue
+        if any(argument not in env for argument in node.all_input_nodes):
+            raise NotStackableError("read their input beside the Linears")
+        env[node] = part.node_copy(node, env.__getitem__)
+    part.output(env[down.all_input_nodes[0]])
+    return fx.GraphModule(expert, part)
+
+
+class Experts:
+    """The weights of E experts under the names that transformers' experts implementations read. No module, no owner.
+
+    Args:
+        form: what each expert computes.
+        widths: rows of each of the form's ups.
+        weights: gate_up_proj [E, sum of widths, H] and down_proj [E, H, I].
+        biases: theirs, [E, sum of widths] and [E, H], or None.
+    """
+
+    has_gate = True  # gate_up_proj, then _apply_gate, then down_proj
+    has_post_expert_norm = False
+    is_transposed = False
+    is_concatenated = True
+    _is_expert_parallel = False
+
+    def __init__(
+        self, form: ExpertForm, widths: list[int], weights: Sequence[Tensor], biases: Sequence[Tensor] | None
+    ) -> None:
+        self.between = form.between
+        self.widths = widths
+        self.num_experts = weights[0].shape[0]
+        self.gate_up_proj, self.down_proj = weights
+        self.has_bias = biases is not None
+        if biases is not None:
+            self.gate_up_proj_bias, self.down_proj_bias = biases
+
+    def _apply_gate(self, projected: Tensor) -> Tensor:
+        result: Tensor = self.between(*projected.split(self.widths, dim=-1))
+        return result
+
+
+class Stack:
+    """Experts stacked in place; call it to run them.
+
+    Args:
+        experts: experts of one form on one device. Their parameters become views of the stacked tensors.
+
+    Raises:
+        NotStackableError: for experts that differ, share weights, or are of another form.
+    """
+
+    def __init__(self, experts: Sequence[nn.Module]) -> None:
+        _check_alike(experts)
+        self.form = read_form(experts[0])
+        self._linears = [
+            [_linear(expert, path) for path in (*self.form.ups, self.form.down)] for expert in experts
+        ]  # of every expert, down last
+        self._widths = [linear.out_features for linear in self._linears[0][:-1]]
+        self._originals: dict[nn.Parameter, Tensor] | None = {p: p.data for p in self._parameters()}
+        self.follower: RemovableHandle | None = None  # what stacks again after load_state_dict()
+        self.fill()
+
+    def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """Return the sum of each token's experts: hidden [T, H], ids and weights [T, k] -> [T, H] in hidden's dtype.
+
+        Where a gradient is required, the experts' parameters are stacked anew, so that it reaches them.
+        """
+        if not torch.compiler.is_compiling():
+            self.refresh()
+        experts = self._stacked_anew() if self._wants_gradients() else self.experts
+        return experts_forward(experts, hidden, ids, weights)
+
+    @torch.no_grad()
+    def fill(self) -> None:
+        """Copy every parameter into the stacked tensors and make it a view of its place there."""
+        rows, height = [0, *itertools.accumulate(self._widths)], self._linears[0][-1].out_features
+        tensors: list[Tensor] = []
+        for name in ("weight", "bias"):
+            if getattr(self._linears[0][0], name) is not None:
+                tensors.append(_gathered([[getattr(x, name) for x in each[:-1]] for each in self._linears], rows))
+                tensors.append(_gathered([[getattr(each[-1], name)] for each in self._linears], [0, height]))
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)  # weights, for CUDA graphs and for the matcher
+        self.experts = Experts(self.form, self._widths, tensors[:2], tensors[2:] or None)
+        self._pointers = [parameter.data_ptr() for parameter in self._parameters()]
+
+    def refresh(self) -> None:
+        """Stack again if something gave a parameter other memory: .to(), load_state_dict(assign=True), .data = ..."""
+        if self._pointers != [parameter.data_ptr() for parameter in self._parameters()]:
+            self.fill()
+
+    def keep(self) -> None:
+        """Let go of the memory that the parameters had before."""
+        self._originals = None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give every parameter the memory it had before, or where that is gone some of its own."""
+        originals = self._originals or {}
+        for parameter in self._parameters():
+            parameter.data = originals[parameter] if parameter in originals else parameter.data.clone()
+        self._originals = None
+
+    @property
+    def num_experts(self) -> int:
+        return len(self._linears)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for each in self._linears for linear in each for p in linear.parameters(recurse=False)]
+
+    def _wants_gradients(self) -> bool:
+        return torch.is_grad_enabled() and self._linears[0][0].weight.requires_grad
+
+    def _stacked_anew(self) -> Experts:
+        """Return the experts with weights that a gradient flows through, at the price of a copy."""
+        tensors = []
+        for name in ("weight", "bias"):
+            if getattr(self._linears[0][0], name) is not None:
+                tensors.append(
+                    torch.stack([torch.cat([getattr(x, name) for x in each[:-1]]) for each in self._linears])
+                )
+                tensors.append(torch.stack([getattr(each[-1], name) for each in self._linears]))
+        return Experts(self.form, self._widths, tensors[:2], tensors[2:] or None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
+        """Stack the copied experts: deepcopy gives each of their parameters memory of its own."""
+        other = copy.copy(self)
+        memo[id(self)] = other
+        other._linears = copy.deepcopy(self._linears, memo)
+        other.follower = copy.deepcopy(self.follower, memo)
+        other._originals = None
+        other.fill()
+        return other
+
+
+def _check_alike(experts: Sequence[nn.Module]) -> None:
+    first, owners = experts[0], dict[nn.Parameter, int]()
+    described = _described(first)
+    for i, expert in enumerate(experts):
+        if _described(expert) != described:
+            raise NotStackableError(f"differ: experts 0 and {i} are not of one shape, dtype, device and structure")
+        if any(parameter.is_meta for parameter in expert.parameters()):
+            raise NotStackableError("are on the meta device; load their weights first")
+        for path, parameter in expert.named_parameters():
+            if (owner := owners.setdefault(parameter, i)) != i:
+                raise NotStackableError(f"{owner} and {i} share {path}")
+        if any(any(_hooks(module)) for module in expert.modules()):
+            raise NotStackableError(f"have hooks (expert {i}), which stacked weights bypass")
+
+
+def _described(expert: nn.Module) -> tuple[Any, ...]:
+    parameters = [(path, p.shape, p.dtype, p.device, p.requires_grad) for path, p in expert.named_parameters()]
+    return type(expert), repr(expert), parameters
+
+
+def _linear(expert: nn.Module, path: str) -> nn.Linear:
+    linear = expert.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
+def _gathered(parameters: list[list[nn.Parameter]], rows: list[int]) -> Tensor:
+    """Return [E, rows, ...] with the parameters of each expert one below the other, and make them views of it."""
+    like = parameters[0][0]
+    stacked = like.new_empty((len(parameters), rows[-1], *like.shape[1:]))
+    for place, each in zip(stacked, parameters, strict=True):
+        for parameter, start, end in zip(each, rows[:-1], rows[1:], strict=True):
+            place[start:end].copy_(parameter.data)
+            parameter.data = place[start:end]
+    return stacked
