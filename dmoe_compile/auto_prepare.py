@@ -65,16 +65,23 @@ def _on_compile(_args: Any) -> None:
     if not config.passes and not config.stats:
         return
     for module in dict.fromkeys(_modules_of(compiling)):
-        notices_of(options).loops(prepare_or_say(module, config))
+        notices_of(options).loops(prepare_or_say(module, config, _left_alone))
 
 
-def prepare_or_say(model: nn.Module, config: Config) -> list[str]:
-    """Prepare a model as its options ask; return messages for the blocks that stay in a Python loop."""
+def prepare_or_say(model: nn.Module, config: Config, known: WeakSet[nn.Module] | None = None) -> list[str]:
+    """Prepare a model as its options ask; return messages for the blocks that stay in a Python loop.
+
+    Args:
+        model: what to prepare.
+        config: the options.
+        known: blocks that were left alone before, which are skipped; those of this call are added.
+    """
+    known = WeakSet() if known is None else known
     from dmoe_compile.capture import PrepareReport, loops, prepare, refresh
 
     with torch.compiler.set_stance("force_eager"):  # a part that was compiled on its own must not compile now
         refresh(model)
-        found = {name: module for name, module in loops(model).items() if module not in _left_alone}
+        found = {name: module for name, module in loops(model).items() if module not in known}
         if not found:
             return []
         report = prepare(model) if config.auto_prepare else PrepareReport()
@@ -83,7 +90,7 @@ def prepare_or_say(model: nn.Module, config: Config) -> list[str]:
     left = {block.name: block.reason for block in report.refused}
     if not config.auto_prepare:
         left = dict.fromkeys(found, "auto_prepare is off; dmoe_compile.prepare(model) makes them traceable")
-    _left_alone.update(found[name] for name in left if name in found)
+    known.update(found[name] for name in left if name in found)
     by_reason: dict[str, list[str]] = {}
     for name, reason in left.items():
         by_reason.setdefault(reason, []).append(name or type(model).__name__)

@@ -131,6 +131,25 @@ def overhead(
     _show(figure.table(rows), rows, json)
 
 
+@bench.command()
+def prepare(
+    layers: Annotated[float, typer.Option(help="Share of each model's layers.")] = 1.0,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds for plain Inductor on each model.")] = 300.0,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Prepare and compile time of published models at real numbers of experts and layers."""
+    with _usage_errors(json):
+        from dmoe_compile.bench import prepare as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        settings = figure.Settings(layers, timeout_s, threads)
+    with _progress() as progress:
+        rows = figure.run(settings, progress)
+    _show(figure.table(rows), rows, json)
+
+
 def _options(passes: str, pairs: list[str]) -> dict[str, Any]:
     """Return backend options from `--passes a,b` and `--option key=value`."""
     options: dict[str, Any] = {"passes": [name.strip() for name in passes.split(",") if name.strip()]}

@@ -12,7 +12,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
-from dmoe_compile import backend
+from dmoe_compile import auto_prepare, backend
 from dmoe_compile.config import Config
 from dmoe_compile.passes.constrain import Outcome
 from dmoe_compile.passes.sites import Refusal
@@ -119,6 +119,7 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
 
     The forward runs twice, eagerly and without gradients, once with the model's own routing and once
     rewritten; unique experts are counted, not estimated. Nothing is lowered to Inductor unless `verify`.
+    A model whose experts are in Python loops is prepared first, as compiling it would (see prepare).
 
     Args:
         model: a module or a function, as torch.compile takes.
@@ -129,6 +130,7 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
         **kwargs: its keyword inputs.
     """
     config = config or Config(passes=("dmoe",))
+    in_loops = auto_prepare.prepare_or_say(model, config) if isinstance(model, torch.nn.Module) else []
     before = _Watch(replace(config, passes=(), stats=True))
     after = _Watch(replace(config, stats=True))
     with _silenced():
@@ -140,7 +142,7 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
     ]
     refused = [(refusal.name, refusal.reason) for refusal in after.refusals]
     verified = _verify(model, config, args, kwargs) if verify else None
-    return Report(sites, refused, sorted(after.notices.said), after.graphs, verified)
+    return Report(sites, refused, [*in_loops, *sorted(after.notices.said)], after.graphs, verified)
 
 
 class _Watch:

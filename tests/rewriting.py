@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -63,17 +65,18 @@ class Rewritten:
 class EagerRule(TorchFunctionMode):
     """The dMoE rule in eager PyTorch: every top-k over all experts is restricted to its block's coreset."""
 
-    def __init__(self, num_experts: int) -> None:
+    def __init__(self, num_experts: int, shape: Sequence[int] = (B, S), options: Mapping[str, Any] = OPTIONS) -> None:
         super().__init__()
         self.num_experts = num_experts
-        options = dmoe.Options(top_p=OPTIONS["dmoe.top_p"], min_experts=MIN_EXPERTS)
-        self.rule = functools.partial(dmoe.coreset, options=options)
+        self.shape = tuple(shape)
+        chosen = dmoe.Options(options["dmoe.top_p"], options["dmoe.min_experts"])
+        self.rule = functools.partial(dmoe.coreset, options=chosen)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in {torch.topk, Tensor.topk} and args[0].shape == (B * S, self.num_experts):
+        if func in {torch.topk, Tensor.topk} and args[0].shape == (prod(self.shape), self.num_experts):
             top_k = kwargs["k"] if "k" in kwargs else args[1]
-            inside = choose(args[0], Blocks(B, S, L, None), top_k, self.rule)
+            inside = choose(args[0], Blocks(*self.shape, L, None), top_k, self.rule)
             args = (restrict(args[0], inside), *args[1:])
         return func(*args, **kwargs)
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+import forms
 import zoo
 from dmoe_compile import Config, explain
 from test_backend import ALL_EXPERTS, DMOE, QUICK, NoMoE, TinyMoE, WithSideOutputs
@@ -190,3 +191,15 @@ class TestText(expecttest.TestCase):
     2 of 8 experts by sigmoid + bias, 2 of 4 groups, batched_mm, 0.000977 MiB each; block 8; unique experts 8 -> 5
     note: no 2D attention_mask input: every token votes and blocks start at position 0""",
         )
+
+
+def test_a_model_with_experts_in_a_loop_is_prepared() -> None:
+    block, x = forms.build("hit_loop"), torch.randn(1, 32, forms.CONFIG["hidden_size"])
+    report = explain(block, x, verify=True)
+    assert [site.name for site in report.sites] == ["gate"]
+    assert report.verified
+    block = forms.build("hit_loop")
+    report = explain(block, x, config=Config(passes=("dmoe",), auto_prepare=False))
+    assert report.sites == []
+    assert "dmoe_compile.prepare(model)" in str(report)
+    assert "forward" not in vars(block)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
@@ -58,6 +59,28 @@ def write_rows(rows: Iterable[Mapping[str, Any]], destination: str) -> None:
         sys.stdout.flush()
     else:
         Path(destination).write_text(text)
+
+
+def in_fresh_process(module: str, job: Row, cache_folder: str, timeout_s: float | None = None) -> Row:
+    """Run `python -m module` with a job in a new interpreter, and return the last line that it prints.
+
+    Args:
+        module: its main prints one JSON object.
+        job: its argument.
+        cache_folder: of Inductor.
+        timeout_s: seconds until the process is stopped.
+
+    Raises:
+        RuntimeError: with what it wrote, if it fails.
+        subprocess.TimeoutExpired: if it takes longer than `timeout_s`.
+    """
+    command = [sys.executable, "-P", "-m", module, json.dumps(job)]
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache_folder}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout_s)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
+    answer: Row = json.loads(done.stdout.splitlines()[-1])
+    return answer
 
 
 class Bar:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,10 +28,11 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
-from dmoe_compile.bench import Bar, Row, describe, environment
+from dmoe_compile.bench import Bar, Row, describe, environment, in_fresh_process
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -105,7 +105,7 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
         for kind, provider, cache, turn in jobs:
             bar.say(" ".join((kind, provider, cache)).strip())
             job = {"kind": kind, "provider": provider, "turn": turn, **asdict(settings)}
-            answer = _in_fresh_process(job, folder_of(provider, cache))
+            answer = in_fresh_process(__name__, job, folder_of(provider, cache))
             if kind == "first call":
                 seconds.setdefault((provider, cache), []).append(answer["s"])
             else:
@@ -173,18 +173,6 @@ def _cache_folders() -> Iterator[Callable[[str, str], str]]:
         yield folder_of
     finally:
         shutil.rmtree(root, ignore_errors=True)
-
-
-def _in_fresh_process(job: Row, cache_folder: str) -> Row:
-    """Run _child(job) in a new interpreter and return its answer."""
-    command = [sys.executable, "-P", "-m", "dmoe_compile.bench.overhead", json.dumps(job)]
-    done = subprocess.run(
-        command, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache_folder}, capture_output=True, text=True
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    answer: Row = json.loads(done.stdout.splitlines()[-1])
-    return answer
 
 
 def _child(job: Row) -> Row:
@@ -321,31 +309,45 @@ def _leaves(manager: Any) -> int:
 
 def _time_calls(compiled: dict[str, Callable[[Tensor], Tensor]], ids: Tensor, calls: int) -> Times:
     """Time providers in turns."""
-    from torch._inductor.output_code import CompiledFxGraph
-
-    original = CompiledFxGraph.__call__  # what AOTAutograd's wrappers call; no public hook is as close
-    inside_ns = 0
-
-    def timed(self: CompiledFxGraph, inputs: Any) -> Any:
-        nonlocal inside_ns
-        start = time.perf_counter_ns()
-        out = original(self, inputs)
-        inside_ns += time.perf_counter_ns() - start
-        return out
-
     times = Times.of(compiled)
-    with patch.object(CompiledFxGraph, "__call__", timed):
+    with _generated_code_timed() as inside:
         for turn in range(-_WARMUP_CALLS, calls):
             for provider, call in _rotated(list(compiled.items()), turn):
-                inside_ns = 0
+                inside.ns = 0
                 start = time.perf_counter_ns()
                 call(ids)
                 took = time.perf_counter_ns() - start
-                assert inside_ns, "Inductor's generated code is not called through CompiledFxGraph"
+                assert inside.ns, "Inductor's generated code is not called through CompiledFxGraph"
                 if turn >= 0:
                     times.whole[provider].append(took / 1e3)
-                    times.outside[provider].append((took - inside_ns) / 1e3)
+                    times.outside[provider].append((took - inside.ns) / 1e3)
     return times
+
+
+def outside_us(call: Callable[[Tensor], Any], x: Tensor) -> float:
+    """Return the microseconds of one call that are spent outside of Inductor's generated code."""
+    with _generated_code_timed() as inside:
+        start = time.perf_counter_ns()
+        call(x)
+        return (time.perf_counter_ns() - start - inside.ns) / 1e3
+
+
+@contextmanager
+def _generated_code_timed() -> Iterator[SimpleNamespace]:
+    """Add up nanoseconds in generated code in `ns` of what is yielded."""
+    from torch._inductor.output_code import CompiledFxGraph
+
+    original = CompiledFxGraph.__call__  # what AOTAutograd's wrappers call; no public hook is as close
+    inside = SimpleNamespace(ns=0)
+
+    def timed(self: CompiledFxGraph, inputs: Any) -> Any:
+        start = time.perf_counter_ns()
+        out = original(self, inputs)
+        inside.ns += time.perf_counter_ns() - start
+        return out
+
+    with patch.object(CompiledFxGraph, "__call__", timed):
+        yield inside
 
 
 def _rotated(items: list[_T], turn: int) -> list[_T]:
