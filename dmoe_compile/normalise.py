@@ -201,11 +201,22 @@ class _Tracing(fx.Interpreter):
     For every node that would cost a third of the trace.
     """
 
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(_linear if target is torch._C._nn.linear else target, args, kwargs)
+
     def run_node(self, n: fx.Node) -> Any:
         if getattr(n.target, "__name__", n.target) not in _SELECTIONS:
             return super().run_node(n)
         with fx_traceback.preserve_node_meta(), fx_traceback.set_current_meta(n):
             return super().run_node(n)
+
+
+def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """What ATen makes of it; with a bias, ATen reads the input's sizes as ints and so makes constants of symbols."""
+    if bias is None or input.dim() < 3 or all(isinstance(size, int) for size in input.shape):
+        return torch.nn.functional.linear(input, weight, bias)
+    rows = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight.t())
+    return rows.view(*input.shape[:-1], weight.shape[0])
 
 
 def _inline_constants(gm: fx.GraphModule) -> None:

@@ -51,6 +51,33 @@ def both_ways(
     return recorded, traced
 
 
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_sizes_stay_symbols(name: str) -> None:
+    """A size that the trace fixes would compile the model again for every other one."""
+    before, after = [], []
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        def symbols() -> list[str]:
+            sizes = [n.meta["example_value"] for n in gm.graph.find_nodes(op="placeholder")]
+            return [str(size.node.expr) for size in sizes if isinstance(size, torch.SymInt)]
+
+        before.append(symbols())
+        normalise(gm, example_inputs)
+        after.append(symbols())
+        return gm.forward
+
+    inputs = zoo.inputs(name)
+    for each in inputs.values():
+        if isinstance(each, Tensor):
+            torch._dynamo.maybe_mark_dynamic(each, 0)
+            torch._dynamo.maybe_mark_dynamic(each, 1)
+    with torch.no_grad():
+        torch.compile(zoo.build(name, num_layers=1), backend=backend, fullgraph=True)(**inputs)
+    assert before == after
+    assert all(not symbol.isdigit() for symbol in before[0])
+    assert before[0]
+
+
 def facts(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype, value.device
