@@ -228,7 +228,8 @@ class Notices:
     """
 
     of: object = None  # the options of the torch.compile(), held so that no other dict takes their id
-    in_pieces: bool = False
+    in_pieces: bool = False  # broken graphs have come by
+    in_loops: bool = False  # experts in Python loops were warned about, which is where graphs break
     said: set[str] = field(default_factory=set)
 
     def take(self, gm: fx.GraphModule, findings: Findings, config: Config) -> None:
@@ -236,7 +237,8 @@ class Notices:
         reason = getattr(gm, "compile_subgraph_reason", None)
         broken = str(reason.reason) if reason is not None and reason.graph_break else ""
         message = _complaint(gm, findings, broken)
-        if message and not (self.in_pieces and not findings.outcomes and not findings.refusals):
+        nothing_here = not findings.outcomes and not findings.refusals
+        if message and not (broken and self.in_loops) and not (self.in_pieces and nothing_here):
             self.warn(f"{', '.join(config.passes)}: {message} Compiled as plain Inductor would.")
         self.in_pieces |= bool(broken or findings.outcomes)
 
@@ -244,7 +246,7 @@ class Notices:
         """Warn of experts in Python loops, which Dynamo will break the model at."""
         for message in messages:
             self.warn(message)
-            self.in_pieces = True
+            self.in_loops = self.in_pieces = True
 
     def warn(self, message: str) -> None:
         """Log a warning unless it has been said."""

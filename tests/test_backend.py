@@ -571,19 +571,37 @@ def test_a_model_without_experts_warns_once(grad, x, warnings):
     assert "Linear (L['self'].linear)" in warning
 
 
+class _BreaksAtExperts(TinyMoE):
+    """Dynamo breaks the graph between the router and its experts, and no loop over experts is the reason."""
+
+    def experts(self, rows, weights, ids):
+        torch._dynamo.graph_break()
+        return super().experts(rows, weights, ids)
+
+
 @torch.no_grad()
-def test_experts_that_break_the_graph_warn_once_with_module_reason_and_way_out(warnings):
+def test_experts_that_break_the_graph_warn_once_with_module_reason_and_way_out(x, warnings):
+    model = _BreaksAtExperts()
+    assert_close(compiled(model, QUICK)(x), model(x), **INDUCTOR)
+    (warning,) = warnings()
+    assert "the experts of gate" in warning  # its module's path as the frame that was compiled knows it
+    assert "Dynamo broke the graph" in warning
+    assert "dmoe_compile.prepare(model)" in warning
+
+
+@torch.no_grad()
+def test_experts_left_in_a_loop_warn_once_with_module_and_way_out(warnings):
     import zoo  # transformers takes seconds to import, and other tests run this file's model in fresh processes
 
     model = zoo.build("qwen3_moe", num_layers=1)
     model.set_experts_implementation("eager")
     inputs = zoo.inputs("qwen3_moe", seq=8)
     expected = model(**inputs).logits
-    assert_close(compiled(model, QUICK)(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    options = {**QUICK, "auto_prepare": False}
+    assert_close(compiled(model, options)(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
     (warning,) = warnings()
-    assert "the experts of gate" in warning  # its module's path as the frame that was compiled knows it
-    assert "Dynamo broke the graph" in warning
-    assert "set_experts_implementation('grouped_mm')" in warning
+    assert "the experts of model.layers.0.mlp.experts stay in a Python loop" in warning
+    assert "dmoe_compile.prepare(model)" in warning
 
 
 class _BreaksElsewhere(nn.Module):
