@@ -207,10 +207,11 @@ def templates(block: nn.Module, seen: Seen) -> Iterator[Template]:
         ids = results[gives.index("ids")] if "ids" in gives else None
         for top_k in [ids.shape[-1]] if ids is not None else dict.fromkeys(seen.selected):
             base = Template(path, args[0].dim() == 2, gives, top_k)
+            if (returns := _returned(base, seen)) is None:
+                continue
+            base = replace(base, returns=returns)
             for routed in [base] if ids is not None else _selecting(base, block):
-                for template in _sharing(routed, block, seen):
-                    if (returns := _returned(template, block, seen)) is not None:
-                        yield replace(template, returns=returns)
+                yield from _sharing(routed, seen)
 
 
 def _kind(value: Any, tokens: int, num_experts: int) -> str:
@@ -230,7 +231,7 @@ def _selecting(base: Template, block: nn.Module) -> Iterator[Template]:
         yield replace(base, score="top-k softmax", cast=cast)
 
 
-def _sharing(base: Template, block: nn.Module, seen: Seen) -> Iterator[Template]:
+def _sharing(base: Template, seen: Seen) -> Iterator[Template]:
     """Add the experts that every token runs through, if the block has some."""
     shared = [path for path, (_, out) in seen.children.items() if isinstance(out, Tensor) and _like(out, seen.hidden)]
     gates = [path for path, (_, out) in seen.children.items() if isinstance(out, Tensor) and out.shape[-1] == 1]
@@ -246,7 +247,7 @@ def _like(value: Tensor, hidden: Tensor) -> bool:
     return value.numel() == hidden.numel() and value.shape[-1] == hidden.shape[-1]
 
 
-def _returned(template: Template, block: nn.Module, seen: Seen) -> Any:
+def _returned(template: Template, seen: Seen) -> Any:
     """Return the structure of a block's result with names for tensors, None where something in it is not known."""
     given = seen.children[template.gate][1]
     values = dict(zip(template.gives, given if isinstance(given, tuple) else (given,), strict=True))

@@ -51,8 +51,6 @@ def read_form(expert: nn.Module) -> ExpertForm:
     """
     for path, module in expert.named_modules():
         here = f"{type(expert).__name__}{'.' if path else ''}{path}"
-        if "forward" in module.__dict__ or any(_hooks(module)):
-            raise NotStackableError(f"have a hook or a forward of their own on {here}, which stacked weights bypass")
         if type(module) is not nn.Linear and any(True for _ in (*module._parameters, *module._buffers)):
             raise NotStackableError(f"hold a {_kind(module)} ({here}); only torch.nn.Linear can be stacked")
     try:
@@ -200,10 +198,6 @@ class Stack:
             parameter.data = originals[parameter] if parameter in originals else parameter.data.clone()
         self._originals = None
 
-    @property
-    def num_experts(self) -> int:
-        return len(self._linears)
-
     def _parameters(self) -> list[nn.Parameter]:
         return [p for each in self._linears for linear in each for p in linear.parameters(recurse=False)]
 
@@ -243,8 +237,8 @@ def _check_alike(experts: Sequence[nn.Module]) -> None:
         for path, parameter in expert.named_parameters():
             if (owner := owners.setdefault(parameter, i)) != i:
                 raise NotStackableError(f"{owner} and {i} share {path}")
-        if any(any(_hooks(module)) for module in expert.modules()):
-            raise NotStackableError(f"have hooks (expert {i}), which stacked weights bypass")
+        if any("forward" in module.__dict__ or any(_hooks(module)) for module in expert.modules()):
+            raise NotStackableError(f"have a forward of their own or hooks (expert {i}), which stacked weights bypass")
 
 
 def _described(expert: nn.Module) -> tuple[Any, ...]:

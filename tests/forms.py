@@ -241,16 +241,8 @@ class Fused(nn.Module):
         return out.view_as(hidden_states)
 
 
-class HitLoop(nn.Module):
+class HitLoop(SoftmaxLoop):  # with its attributes
     """RND1 (modeling_rnd.py, backend "hf"): a ModuleList indexed by a tensor, weights in fp32, logits [B, S, E]."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.num_experts = config.num_experts
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
-        self.experts = experts_of(config)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         batch_size, sequence_length, hidden_dim = hidden_states.shape
