@@ -126,13 +126,13 @@ class Template:
     """The forward of a whole block.
 
     Attributes:
-        gate: the path of the router.
+        gate: the name of the router, a child of the block.
         takes_rows: the router is given [T, H], else [B, S, H].
         gives: what the router returns: of "logits", "ids", "weights" and "" for each of its results.
         top_k, score, renormalise, scale, cast: how ids and weights follow from logits, if the router gives these:
             k; softmax, sigmoid or, over the k chosen, "top-k softmax"; weights that sum to 1; a factor; weights in
             the hidden states' dtype.
-        shared, shared_gate: paths of experts that every token runs through, and of their sigmoid gate; "" for none.
+        shared, shared_gate: names of experts that every token runs through, and of their sigmoid gate; "" for none.
         returns: the block's result: "out" and the names above in place of tensors, None where it returns None.
     """
 
@@ -150,15 +150,15 @@ class Template:
 
     def __call__(self, block: nn.Module, run: Callable[[Tensor, Tensor, Tensor], Tensor], hidden: Tensor) -> Any:
         rows = hidden.reshape(-1, hidden.shape[-1])
-        given = block.get_submodule(self.gate)(rows if self.takes_rows else hidden)
+        given = getattr(block, self.gate)(rows if self.takes_rows else hidden)
         values = dict(zip(self.gives, given if isinstance(given, tuple) else (given,), strict=True))
         if "ids" not in values:
             values["weights"], values["ids"] = self._select(values["logits"].view(len(rows), -1), rows.dtype)
         out = run(rows, values["ids"], values["weights"]).view(hidden.shape)
         if self.shared:
-            shared = block.get_submodule(self.shared)(hidden)
+            shared = getattr(block, self.shared)(hidden)
             if self.shared_gate:
-                shared = torch.sigmoid(block.get_submodule(self.shared_gate)(hidden)) * shared
+                shared = torch.sigmoid(getattr(block, self.shared_gate)(hidden)) * shared
             out = out + shared
         return _filled(self.returns, {**values, "out": out}, hidden)
 

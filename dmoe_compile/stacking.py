@@ -12,8 +12,8 @@ with the stacked tensor, so state_dict, safetensors and optimizers see what they
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +30,12 @@ class NotStackableError(Exception):
 
 @dataclass(frozen=True)
 class ExpertForm:
-    """What one expert computes: down(between(up_0(x), up_1(x), ...)).
+    """What one expert computes: down(between(cat(up_0(x), up_1(x), ...))).
 
     Attributes:
-        ups: paths of the Linears that read the input, in the order in which `between` takes their results.
+        ups: paths of the Linears that read the input, in the order in which their results lie side by side.
         down: path of the Linear that makes the output.
-        between: the elementwise part, with no parameters.
+        between: the elementwise part, [S, sum of widths] -> [S, I], with no parameters.
     """
 
     ups: tuple[str, ...]
@@ -64,6 +64,8 @@ def read_form(expert: nn.Module) -> ExpertForm:
         held = ", ".join(dict.fromkeys(_kind(module) for module in expert.children()))
         raise NotStackableError(f"({held}) are not functions of one input that end in a Linear")
     assert isinstance(output, fx.Node)
+    if len(set(linears.values())) < len(linears):
+        raise NotStackableError("use a Linear twice")
     if len({expert.get_submodule(path).bias is None for path in linears.values()}) > 1:
         raise NotStackableError("have a bias on some Linears only")
     ups = [node for node in linears if node is not output]
@@ -93,7 +95,10 @@ def _is_linear(expert: nn.Module, node: fx.Node) -> bool:
 def _between(expert: nn.Module, graph: fx.Graph, ups: Sequence[fx.Node], down: fx.Node) -> fx.GraphModule:
     """Return the part of an expert's graph that lies between its Linears, as a function of the first ones' results."""
     part = fx.Graph()
-    env = {up: part.placeholder(f"up_{i}") for i, up in enumerate(ups)}
+    projected = part.placeholder("projected")
+    widths = [_linear(expert, str(up.target)).out_features for up in ups]
+    results = part.call_method("split", (projected, widths, -1))
+    env = {up: part.call_function(operator.getitem, (results, i)) for i, up in enumerate(ups)}
     for node in graph.nodes:
         if node in env or node is down or node.op in {"placeholder", "output"}:
             continue
@@ -108,10 +113,8 @@ class Experts:
     """The weights of E experts under the names that transformers' experts implementations read. No module, no owner.
 
     Args:
-        form: what each expert computes.
-        widths: rows of each of the form's ups.
-        weights: gate_up_proj [E, sum of widths, H] and down_proj [E, H, I].
-        biases: theirs, [E, sum of widths] and [E, H], or None.
+        between: what lies between the projections, see ExpertForm.
+        weights: gate_up_proj [E, sum of widths, H] and down_proj [E, H, I], then their biases or nothing.
     """
 
     has_gate = True  # gate_up_proj, then _apply_gate, then down_proj
@@ -120,20 +123,13 @@ class Experts:
     is_concatenated = True
     _is_expert_parallel = False
 
-    def __init__(
-        self, form: ExpertForm, widths: list[int], weights: Sequence[Tensor], biases: Sequence[Tensor] | None
-    ) -> None:
-        self.between = form.between
-        self.widths = widths
+    def __init__(self, between: Callable[[Tensor], Tensor], weights: Sequence[Tensor]) -> None:
+        self._apply_gate = between
         self.num_experts = weights[0].shape[0]
-        self.gate_up_proj, self.down_proj = weights
-        self.has_bias = biases is not None
-        if biases is not None:
-            self.gate_up_proj_bias, self.down_proj_bias = biases
-
-    def _apply_gate(self, projected: Tensor) -> Tensor:
-        result: Tensor = self.between(*projected.split(self.widths, dim=-1))
-        return result
+        self.gate_up_proj, self.down_proj = weights[:2]
+        self.has_bias = len(weights) > 2
+        if self.has_bias:
+            self.gate_up_proj_bias, self.down_proj_bias = weights[2:]
 
 
 class Stack:
@@ -141,6 +137,11 @@ class Stack:
 
     Args:
         experts: experts of one form on one device. Their parameters become views of the stacked tensors.
+
+    Attributes:
+        form: what each of them computes.
+        weights: up and down, [E, ., .], and their biases [E, .] if they have some. Parameters, which nobody lists,
+            because Dynamo guards on the memory of plain tensors at every call.
 
     Raises:
         NotStackableError: for experts that differ, share weights, or are of another form.
@@ -152,7 +153,6 @@ class Stack:
         self._linears = [
             [_linear(expert, path) for path in (*self.form.ups, self.form.down)] for expert in experts
         ]  # of every expert, down last
-        self._widths = [linear.out_features for linear in self._linears[0][:-1]]
         self._originals: dict[nn.Parameter, Tensor] | None = {p: p.data for p in self._parameters()}
         self.follower: RemovableHandle | None = None  # what stacks again after load_state_dict()
         self.fill()
@@ -164,21 +164,16 @@ class Stack:
         """
         if not torch.compiler.is_compiling():
             self.refresh()
-        experts = self._stacked_anew() if self._wants_gradients() else self.experts
-        return experts_forward(experts, hidden, ids, weights)
+        stacked = self._stacked_anew() if self._wants_gradients() else self.weights
+        return experts_forward(Experts(self.form.between, stacked), hidden, ids, weights)
 
     @torch.no_grad()
     def fill(self) -> None:
         """Copy every parameter into the stacked tensors and make it a view of its place there."""
-        rows, height = [0, *itertools.accumulate(self._widths)], self._linears[0][-1].out_features
-        tensors: list[Tensor] = []
-        for name in ("weight", "bias"):
-            if getattr(self._linears[0][0], name) is not None:
-                tensors.append(_gathered([[getattr(x, name) for x in each[:-1]] for each in self._linears], rows))
-                tensors.append(_gathered([[getattr(each[-1], name)] for each in self._linears], [0, height]))
-        for tensor in tensors:
-            torch._dynamo.mark_static_address(tensor)  # weights, for CUDA graphs and for the matcher
-        self.experts = Experts(self.form, self._widths, tensors[:2], tensors[2:] or None)
+        gathered = [_gathered(each) for each in self._sources()]
+        self.weights = tuple(nn.Parameter(each, requires_grad=False) for each in gathered)
+        for weight in self.weights:
+            torch._dynamo.mark_static_address(weight)  # for CUDA graphs and for the matcher
         self._pointers = [parameter.data_ptr() for parameter in self._parameters()]
 
     def refresh(self) -> None:
@@ -204,16 +199,19 @@ class Stack:
     def _wants_gradients(self) -> bool:
         return torch.is_grad_enabled() and self._linears[0][0].weight.requires_grad
 
-    def _stacked_anew(self) -> Experts:
-        """Return the experts with weights that a gradient flows through, at the price of a copy."""
-        tensors = []
-        for name in ("weight", "bias"):
-            if getattr(self._linears[0][0], name) is not None:
-                tensors.append(
-                    torch.stack([torch.cat([getattr(x, name) for x in each[:-1]]) for each in self._linears])
-                )
-                tensors.append(torch.stack([getattr(each[-1], name) for each in self._linears]))
-        return Experts(self.form, self._widths, tensors[:2], tensors[2:] or None)
+    def _stacked_anew(self) -> tuple[Tensor, ...]:
+        """Return weights that a gradient flows through, at the price of a copy."""
+        return tuple(torch.stack([torch.cat(each) for each in source]) for source in self._sources())
+
+    def _sources(self) -> list[list[list[nn.Parameter]]]:
+        """Return what lies in each of `weights`: for every expert, the parameters one below the other."""
+        names = ["weight"] if self._linears[0][0].bias is None else ["weight", "bias"]
+        parts = (slice(None, -1), slice(-1, None))  # up, down
+        return [
+            [[getattr(linear, name) for linear in each[part]] for each in self._linears]
+            for name in names
+            for part in parts
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
         """Stack the copied experts: deepcopy gives each of their parameters memory of its own."""
@@ -227,16 +225,16 @@ class Stack:
 
 
 def _check_alike(experts: Sequence[nn.Module]) -> None:
-    first, owners = experts[0], dict[nn.Parameter, int]()
+    first, owners = experts[0], dict[nn.Parameter, str]()
     described = _described(first)
     for i, expert in enumerate(experts):
         if _described(expert) != described:
             raise NotStackableError(f"differ: experts 0 and {i} are not of one shape, dtype, device and structure")
         if any(parameter.is_meta for parameter in expert.parameters()):
             raise NotStackableError("are on the meta device; load their weights first")
-        for path, parameter in expert.named_parameters():
-            if (owner := owners.setdefault(parameter, i)) != i:
-                raise NotStackableError(f"{owner} and {i} share {path}")
+        for path, parameter in expert.named_parameters(remove_duplicate=False):
+            if (owner := owners.setdefault(parameter, f"{i}.{path}")) != f"{i}.{path}":
+                raise NotStackableError(f"share a weight: {owner} is {i}.{path}")
         if any("forward" in module.__dict__ or any(_hooks(module)) for module in expert.modules()):
             raise NotStackableError(f"have a forward of their own or hooks (expert {i}), which stacked weights bypass")
 
@@ -252,12 +250,12 @@ def _linear(expert: nn.Module, path: str) -> nn.Linear:
     return linear
 
 
-def _gathered(parameters: list[list[nn.Parameter]], rows: list[int]) -> Tensor:
+def _gathered(parameters: list[list[nn.Parameter]]) -> Tensor:
     """Return [E, rows, ...] with the parameters of each expert one below the other, and make them views of it."""
-    like = parameters[0][0]
-    stacked = like.new_empty((len(parameters), rows[-1], *like.shape[1:]))
+    like, rows = parameters[0][0], [len(parameter) for parameter in parameters[0]]
+    stacked = like.new_empty((len(parameters), sum(rows), *like.shape[1:]))
     for place, each in zip(stacked, parameters, strict=True):
-        for parameter, start, end in zip(each, rows[:-1], rows[1:], strict=True):
-            place[start:end].copy_(parameter.data)
-            parameter.data = place[start:end]
+        for parameter, part in zip(each, place.split(rows), strict=True):
+            part.copy_(parameter.data)
+            parameter.data = part
     return stacked

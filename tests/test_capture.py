@@ -323,7 +323,7 @@ def differing_in_what_they_compute(block: Any) -> None:
 
 
 REFUSED: dict[Callable[[Any], None], str] = {
-    tied: "2 and 3 share up_proj.weight",
+    tied: "2.up_proj.weight is 3.up_proj.weight",
     wider: "experts 0 and 3 are not of one shape",
     hooked: "hooks (expert 3)",
     with_a_forward_of_its_own: "a forward of their own",
