@@ -57,6 +57,9 @@ def _on_compile(_args: Any) -> None:
         return
     backend, options = _backend(compiling["compiler_fn"])
     if backend is not dmoe:
+        if capture := sys.modules.get(f"{__package__}.capture"):  # else nothing was ever prepared
+            for module in dict.fromkeys(_modules_of(compiling)):
+                capture.refresh(module)
         return
     try:
         config = Config.from_options(options)

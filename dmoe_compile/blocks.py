@@ -10,7 +10,6 @@ options (score function, renormalisation, scale, shared experts) are found by co
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -25,6 +24,25 @@ from torch.overrides import TorchFunctionMode
 ROLES = ("hidden", "ids", "weights")  # what experts are called with
 
 
+@dataclass(frozen=True)
+class Seam:
+    """A method that was called with (hidden, ids, weights) and returned [T, H].
+
+    Attributes:
+        owner: the module.
+        method: the method's name.
+        parameters: names of its parameters.
+        roles: which of them is "hidden", "ids" and "weights".
+        constants: what it was given besides.
+    """
+
+    owner: nn.Module
+    method: str
+    parameters: tuple[str, ...]
+    roles: dict[str, str]
+    constants: dict[str, Any]
+
+
 @dataclass
 class Seen:
     """What a block did on one input."""
@@ -32,30 +50,23 @@ class Seen:
     hidden: Tensor
     num_experts: int
     output: Any = None
-    seams: list[tuple[nn.Module, str, tuple[str, ...], dict[str, str]]] = field(default_factory=list)
+    seams: list[Seam] = field(default_factory=list)
     children: dict[str, tuple[tuple[Any, ...], Any]] = field(default_factory=dict)  # arguments, output
     selected: list[int] = field(default_factory=list)  # k of every top-k over E scores
 
 
-def observe(block: nn.Module, experts: nn.ModuleList, hidden: Tensor) -> Seen:
+def observe(block: nn.Module, experts: nn.Module, hidden: Tensor) -> Seen:
     """Run a block and write down what its methods and children were called with."""
-    seen = Seen(hidden, len(experts))
+    seen = Seen(hidden, len(list(experts.children())))
     with contextlib.ExitStack() as stack:
         for path, child in block.named_children():
-            if child is experts:
-                continue
-            stack.enter_context(_watched(child, "forward", seen))
-            hook = child.register_forward_hook(functools.partial(_note, seen, path))
-            stack.callback(hook.remove)
+            if child is not experts:
+                stack.enter_context(_watched(child, "forward", seen, path))
         for name in _own_methods(type(block)):
             stack.enter_context(_watched(block, name, seen))
         stack.enter_context(_Selections(seen))
-        seen.output = block(hidden)
+        seen.output = block.forward(hidden)  # not its hooks, which are the user's
     return seen
-
-
-def _note(seen: Seen, path: str, _child: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    seen.children.setdefault(path, (args, output))
 
 
 def _own_methods(kind: type) -> list[str]:
@@ -66,31 +77,36 @@ def _own_methods(kind: type) -> list[str]:
 
 
 @contextlib.contextmanager
-def _watched(module: nn.Module, name: str, seen: Seen) -> Iterator[None]:
-    """Note calls of a method that hand (hidden, ids, weights) to the experts and get [T, H] back."""
+def _watched(module: nn.Module, name: str, seen: Seen, path: str = "") -> Iterator[None]:
+    """Note a child's calls, and calls of any method that hand over (hidden, ids, weights) and get [T, H] back."""
     original = getattr(module, name)
     parameters = tuple(inspect.signature(original).parameters)
 
     def watch(*args: Any, **kwargs: Any) -> Any:
         output = original(*args, **kwargs)
         given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        if roles := _roles(given, output):
-            seen.seams.append((module, name, parameters, roles))
+        if len(args) <= len(parameters) and (roles := _roles(given, output)):
+            constants = {each: value for each, value in given.items() if each not in roles.values()}
+            seen.seams.append(Seam(module, name, parameters, roles, constants))
+        if path:
+            seen.children.setdefault(path, (args, output))
         return output
 
-    before = module.__dict__.get(name)
-    module.__dict__[name] = watch
+    before = vars(module).get(name)
+    vars(module)[name] = watch
     try:
         yield
     finally:
         if before is None:
-            del module.__dict__[name]
+            del vars(module)[name]
         else:
-            module.__dict__[name] = before
+            vars(module)[name] = before
 
 
 def _roles(given: dict[str, Any], output: Any) -> dict[str, str] | None:
     """Say which argument is hidden, ids and weights; None for a call that is not one of experts."""
+    if any(not isinstance(value, Tensor | bool | int | float | str | None) for value in given.values()):
+        return None
     tensors = {name: value for name, value in given.items() if isinstance(value, Tensor)}
     if not isinstance(output, Tensor) or len(tensors) != 3 or any(t.dim() != 2 for t in (*tensors.values(), output)):
         return None

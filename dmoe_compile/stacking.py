@@ -11,17 +11,21 @@ with the stacked tensor, so state_dict, safetensors and optimizers see what they
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import functools
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from dmoe_compile.experts import experts_forward
+from dmoe_compile.verify import fill_randomly
 
 
 class NotStackableError(Exception):
@@ -54,7 +58,7 @@ def read_form(expert: nn.Module) -> ExpertForm:
         if type(module) is not nn.Linear and any(True for _ in (*module._parameters, *module._buffers)):
             raise NotStackableError(f"hold a {_kind(module)} ({here}); only torch.nn.Linear can be stacked")
     try:
-        graph = _LinearTracer().trace(expert)
+        graph = fx.Tracer().trace(expert)  # which keeps Linears whole
     except Exception as error:
         raise NotStackableError(f"can't be traced ({type(error).__name__}: {error})") from error
     inputs = [node for node in graph.find_nodes(op="placeholder") if node.users]
@@ -75,17 +79,17 @@ def read_form(expert: nn.Module) -> ExpertForm:
     return ExpertForm(tuple(linears[up] for up in ups), linears[output], _between(expert, graph, ups, output))
 
 
-class _LinearTracer(fx.Tracer):
-    """Keeps Linears whole and goes through everything else that is no module of torch's."""
-
-
 def _kind(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        yield from getattr(module, name).values()
+def _is_plain(module: nn.Module) -> bool:
+    """Say whether calling a module does what its class does, and nothing else."""
+    held = module.__dict__
+    hooks = (
+        held["_forward_hooks"] or held["_forward_pre_hooks"] or held["_backward_hooks"] or held["_backward_pre_hooks"]
+    )
+    return not hooks and "forward" not in held
 
 
 def _is_linear(expert: nn.Module, node: fx.Node) -> bool:
@@ -142,70 +146,150 @@ class Stack:
         form: what each of them computes.
         weights: up and down, [E, ., .], and their biases [E, .] if they have some. Parameters, which nobody lists,
             because Dynamo guards on the memory of plain tensors at every call.
+        dirty: whether an expert was given another module or parameter since refresh().
 
     Raises:
         NotStackableError: for experts that differ, share weights, or are of another form.
     """
 
+    dirty: bool
+
     def __init__(self, experts: Sequence[nn.Module]) -> None:
         _check_alike(experts)
         self.form = read_form(experts[0])
-        self._linears = [
-            [_linear(expert, path) for path in (*self.form.ups, self.form.down)] for expert in experts
-        ]  # of every expert, down last
-        self._originals: dict[nn.Parameter, Tensor] | None = {p: p.data for p in self._parameters()}
         self.follower: RemovableHandle | None = None  # what stacks again after load_state_dict()
-        self.fill()
+        self._take(experts)
+        if any(_stack_of(linear) for each in self._linears for linear in each):
+            raise NotStackableError("are stacked in another list already")
+        self._originals: dict[nn.Parameter, Tensor] | None = {p: p.data for p in self._parameters}
+        try:
+            self._fill()
+        except BaseException:
+            self.restore()
+            raise
+        self._register()
 
     def __call__(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """Return the sum of each token's experts: hidden [T, H], ids and weights [T, k] -> [T, H] in hidden's dtype.
 
         Where a gradient is required, the experts' parameters are stacked anew, so that it reaches them.
         """
-        if not torch.compiler.is_compiling():
-            self.refresh()
         stacked = self._stacked_anew() if self._wants_gradients() else self.weights
         return experts_forward(Experts(self.form.between, stacked), hidden, ids, weights)
 
-    @torch.no_grad()
-    def fill(self) -> None:
-        """Copy every parameter into the stacked tensors and make it a view of its place there."""
-        gathered = [_gathered(each) for each in self._sources()]
-        self.weights = tuple(nn.Parameter(each, requires_grad=False) for each in gathered)
-        for weight in self.weights:
-            torch._dynamo.mark_static_address(weight)  # for CUDA graphs and for the matcher
-        self._pointers = [parameter.data_ptr() for parameter in self._parameters()]
+    def is_swapped(self) -> bool:
+        """Say whether the experts hold other parameters, without having been given them."""
+        return not self.dirty and any(a is not b for a, b in zip(self._read(), self._parameters, strict=True))
 
-    def refresh(self) -> None:
-        """Stack again if something gave a parameter other memory: .to(), load_state_dict(assign=True), .data = ..."""
-        if self._pointers != [parameter.data_ptr() for parameter in self._parameters()]:
-            self.fill()
+    def refresh(self, experts: Sequence[nn.Module]) -> str:
+        """Stack again if the experts were given other parameters or other memory.
+
+        Args:
+            experts: what is in the list now.
+
+        Returns:
+            Why they can't be stacked any more, "" where they are.
+        """
+        if len(experts) != len(self._experts) or any(a is not b for a, b in zip(experts, self._experts, strict=True)):
+            return "other experts took the place of its experts"
+        if self.dirty:
+            try:
+                form = read_form(experts[0])
+                _check_alike(experts)
+            except NotStackableError as error:
+                return f"its experts {error}"
+            if (form.ups, form.down, form.between.code) != (self.form.ups, self.form.down, self.form.between.code):
+                return "its experts compute something else"
+            self.form = form
+            self._take(experts)
+            self._register()
+        elif not all(map(_is_plain, self._modules)):
+            return "its experts were given hooks or a forward of their own"
+        self.requires_grad = any(parameter.requires_grad for parameter in self._parameters)
+        if self._pointers != [parameter.data_ptr() for parameter in self._parameters]:
+            if len({(p.dtype, p.device, p.dim()) for p in self._parameters if p.dim() == 2}) > 1:
+                return "its experts are of several dtypes or devices"
+            self._fill()
+        self.dirty = False
+        return ""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the memory that the parameters had before is gone."""
+        return self._originals is None
 
     def keep(self) -> None:
         """Let go of the memory that the parameters had before."""
         self._originals = None
 
+    @contextlib.contextmanager
+    def random_values(self) -> Iterator[None]:
+        """Give the experts random weights; only before keep(), which lets go of their own."""
+        assert self._originals is not None
+        try:
+            for seed, weight in enumerate(self.weights):
+                fill_randomly(weight, seed)
+            yield
+        finally:
+            for parameter, was in self._originals.items():
+                parameter.data.copy_(was)
+
     @torch.no_grad()
+    @torch.inference_mode(mode=False)
     def restore(self) -> None:
         """Give every parameter the memory it had before, or where that is gone some of its own."""
         originals = self._originals or {}
-        for parameter in self._parameters():
+        for parameter in self._parameters:
             parameter.data = originals[parameter] if parameter in originals else parameter.data.clone()
         self._originals = None
+        for module in self._modules:
+            _STACKS.pop(module, None)
 
-    def _parameters(self) -> list[nn.Parameter]:
-        return [p for each in self._linears for linear in each for p in linear.parameters(recurse=False)]
+    @torch.no_grad()
+    @torch.inference_mode(mode=False)
+    def _fill(self) -> None:
+        """Copy every parameter into the stacked tensors and make it a view of its place there."""
+        gathered = [_gathered(each) for each in self._sources()]
+        self.weights = tuple(nn.Parameter(each, requires_grad=False) for each in gathered)
+        for weight in self.weights:
+            torch._dynamo.mark_static_address(weight)  # for CUDA graphs and for the matcher
+        self._pointers = [parameter.data_ptr() for parameter in self._parameters]
+
+    def _take(self, experts: Sequence[nn.Module]) -> None:
+        """Read modules and parameters from the experts."""
+        paths = (*self.form.ups, self.form.down)
+        self._experts = list(experts)
+        self._modules = [module for expert in experts for module in expert.modules()]
+        self._linears = [[_linear(expert, path) for path in paths] for expert in experts]  # of every expert, down last
+        self._parameters = self._read()
+        self.requires_grad = any(parameter.requires_grad for parameter in self._parameters)
+        self.dirty = False
+
+    def _read(self) -> list[nn.Parameter]:
+        """Return the parameters that lie in the experts now."""
+        found = []
+        for each in self._linears:
+            for linear in each:
+                held = linear._parameters
+                found += [p for p in (held.get("weight"), held.get("bias")) if p is not None]
+        return found
+
+    def _register(self) -> None:
+        """Have the experts' modules tell when they are given another parameter or module."""
+        _listen()
+        for module in self._modules:
+            _STACKS[module] = weakref.ref(self)
 
     def _wants_gradients(self) -> bool:
-        return torch.is_grad_enabled() and self._linears[0][0].weight.requires_grad
+        return torch.is_grad_enabled() and (self.requires_grad or any(x.weight.requires_grad for x in self._linears[0]))
 
     def _stacked_anew(self) -> tuple[Tensor, ...]:
         """Return weights that a gradient flows through, at the price of a copy."""
-        return tuple(torch.stack([torch.cat(each) for each in source]) for source in self._sources())
+        return tuple(torch.stack([torch.cat(tuple(each)) for each in source]) for source in self._sources())
 
     def _sources(self) -> list[list[list[nn.Parameter]]]:
         """Return what lies in each of `weights`: for every expert, the parameters one below the other."""
-        names = ["weight"] if self._linears[0][0].bias is None else ["weight", "bias"]
+        names = [name for name in ("weight", "bias") if getattr(self._linears[0][0], name) is not None]
         parts = (slice(None, -1), slice(-1, None))  # up, down
         return [
             [[getattr(linear, name) for linear in each[part]] for each in self._linears]
@@ -213,19 +297,40 @@ class Stack:
             for part in parts
         ]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
-        """Stack the copied experts: deepcopy gives each of their parameters memory of its own."""
-        other = copy.copy(self)
-        memo[id(self)] = other
-        other._linears = copy.deepcopy(self._linears, memo)
-        other.follower = copy.deepcopy(self.follower, memo)
-        other._originals = None
-        other.fill()
-        return other
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in {"weights", "_originals", "_pointers"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Stack the experts that come with it: unpickled or copied, they have memory of their own."""
+        vars(self).update(state, _originals=None)
+        self._fill()
+        self._register()
+
+
+_STACKS: WeakKeyDictionary[nn.Module, weakref.ref[Stack]] = WeakKeyDictionary()  # by the modules in their experts
+
+
+def _stack_of(module: nn.Module) -> Stack | None:
+    held = _STACKS.get(module)
+    return held() if held is not None else None
+
+
+@functools.cache
+def _listen() -> None:
+    """Learn of every module and parameter that a module is given from now on."""
+    torch.nn.modules.module.register_module_module_registration_hook(_told)
+    torch.nn.modules.module.register_module_parameter_registration_hook(_told)
+
+
+def _told(module: nn.Module, _name: str, _value: Any) -> None:
+    if torch.compiler.is_compiling():  # transformers slices its list of layers in every forward: a new module
+        return
+    if (stack := _stack_of(module)) is not None:
+        stack.dirty = True
 
 
 def _check_alike(experts: Sequence[nn.Module]) -> None:
-    first, owners = experts[0], dict[nn.Parameter, str]()
+    first, owners, places = experts[0], dict[nn.Parameter, str](), dict[int, str]()
     described = _described(first)
     for i, expert in enumerate(experts):
         if _described(expert) != described:
@@ -233,14 +338,21 @@ def _check_alike(experts: Sequence[nn.Module]) -> None:
         if any(parameter.is_meta for parameter in expert.parameters()):
             raise NotStackableError("are on the meta device; load their weights first")
         for path, parameter in expert.named_parameters(remove_duplicate=False):
-            if (owner := owners.setdefault(parameter, f"{i}.{path}")) != f"{i}.{path}":
-                raise NotStackableError(f"share a weight: {owner} is {i}.{path}")
-        if any("forward" in module.__dict__ or any(_hooks(module)) for module in expert.modules()):
+            here = f"{i}.{path}"
+            if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+                raise NotStackableError(
+                    f"hold a {type(parameter.data).__name__} ({here}); only plain tensors can be stacked"
+                )
+            if owners.setdefault(parameter, here) != here:
+                raise NotStackableError(f"share a weight: {owners[parameter]} is {here}")
+            if places.setdefault(parameter.data_ptr(), here) != here and parameter.numel():
+                raise NotStackableError(f"share memory: {places[parameter.data_ptr()]} and {here}")
+        if not all(map(_is_plain, expert.modules())):
             raise NotStackableError(f"have a forward of their own or hooks (expert {i}), which stacked weights bypass")
 
 
 def _described(expert: nn.Module) -> tuple[Any, ...]:
-    parameters = [(path, p.shape, p.dtype, p.device, p.requires_grad) for path, p in expert.named_parameters()]
+    parameters = [(path, p.shape, p.dtype, p.device) for path, p in expert.named_parameters()]
     return type(expert), repr(expert), parameters
 
 
@@ -257,5 +369,13 @@ def _gathered(parameters: list[list[nn.Parameter]]) -> Tensor:
     for place, each in zip(stacked, parameters, strict=True):
         for parameter, part in zip(each, place.split(rows), strict=True):
             part.copy_(parameter.data)
-            parameter.data = part
+            parameter.data = _in_a_storage_of_its_own(part)
     return stacked
+
+
+def _in_a_storage_of_its_own(part: Tensor) -> Tensor:
+    """Return a tensor over the same memory whose storage ends where it does: what saves weights looks at storages."""
+    try:
+        return torch.from_dlpack(part)
+    except (BufferError, RuntimeError, TypeError):  # a dtype or a device that DLPack does not know
+        return part

@@ -23,7 +23,7 @@ def seams_of(name: str) -> list[tuple[str, str, dict[str, str]]]:
         seen = observe(block, block.experts, hidden())
     assert not {"forward", "moe_infer"} & set(vars(block))  # what watched is gone
     assert not any(child._forward_hooks for child in block.children())
-    return [(type(owner).__name__, method, roles) for owner, method, _, roles in seen.seams]
+    return [(type(seam.owner).__name__, seam.method, seam.roles) for seam in seen.seams]
 
 
 def test_a_method_that_runs_the_experts_is_a_seam() -> None:

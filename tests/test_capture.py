@@ -35,6 +35,10 @@ def output(block: Callable[..., Any], x: Tensor) -> Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
+def replaced(block: nn.Module) -> bool:
+    return hasattr(block, "_dmoe_kind")
+
+
 class Stack(nn.Module):
     """Layers of one form, one after the other."""
 
@@ -88,8 +92,7 @@ def test_idempotent_and_undone(name: str) -> None:
     assert str(first) != str(second)
     unprepare(block)
     assert_close(block(x), own, rtol=0, atol=0)
-    left = {key for module in block.modules() for key in vars(module)} & {"_dmoe", "forward", "moe_infer", "_apply"}
-    assert left == set()
+    assert not any("_dmoe" in vars(module) or hasattr(module, "_dmoe_kind") for module in block.modules())
     if name in OF_LISTS:
         now = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
         assert len(now) == len(storages)  # each parameter has memory of its own again
@@ -98,7 +101,7 @@ def test_idempotent_and_undone(name: str) -> None:
 
 
 def test_no_second_copy_of_the_weights() -> None:
-    """The peak is measured in a process of its own: 8 layers of 24 MiB; one of them may be there twice."""
+    """The peak is measured in a process of its own: 6 layers of 72 MiB; one of them may be there twice."""
     script = """
 import json, resource, sys
 sys.path.insert(0, sys.argv[1])
@@ -107,8 +110,8 @@ import forms
 from dmoe_compile import prepare
 torch.set_num_threads(1)
 prepare(forms.build("bailing"))  # what a first call imports
-make = lambda: forms.build("bailing", num_experts=16, n_group=4, hidden_size=512, moe_intermediate_size=256)
-model = torch.nn.ModuleList([make() for _ in range(8)])
+make = lambda: forms.build("bailing", num_experts=48, n_group=4, hidden_size=512, moe_intermediate_size=256)
+model = torch.nn.ModuleList([make() for _ in range(6)])
 layer = sum(p.numel() * p.element_size() for p in model[0].experts.parameters())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 report = prepare(model)
@@ -118,7 +121,7 @@ print(json.dumps({"prepared": len(report.prepared), "layers": (after - before) /
     command = [sys.executable, "-P", "-c", script, str(Path(__file__).parent)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["prepared"] == 8
+    assert found["prepared"] == 6
     assert found["layers"] < 2  # one layer, and what the allocator and the comparisons need besides
 
 
@@ -157,7 +160,7 @@ def loaded(block: nn.Module) -> nn.Module:
     return block
 
 
-def replaced(block: nn.Module) -> nn.Module:
+def given_other_memory(block: nn.Module) -> nn.Module:
     for parameter in block.parameters():
         parameter.data = parameter.data * 1.5
     return block
@@ -170,7 +173,7 @@ def a_part_moved(block: nn.Module) -> nn.Module:
     return block
 
 
-CHANGES = [moved, halved, copied, assigned, loaded, replaced, a_part_moved]
+CHANGES = [moved, halved, copied, assigned, loaded, given_other_memory, a_part_moved]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -346,7 +349,7 @@ def test_refused(change: Callable[[Any], None]) -> None:
     assert REFUSED[change] in entry.reason
     assert not entry.how
     assert [parameter.data_ptr() for parameter in block.parameters()] == pointers
-    assert "forward" not in vars(block)
+    assert not replaced(block)
     if own is not None:
         assert_close(output(block, x), own, rtol=0, atol=0)
 
@@ -373,6 +376,6 @@ def test_what_torch_compile_returned_can_be_given() -> None:
     compiled = torch.compile(block, backend="eager")
     assert isinstance(compiled, nn.Module)
     assert prepare(compiled).prepared
-    assert "forward" in vars(block)
+    assert replaced(block)
     unprepare(compiled)
-    assert "forward" not in vars(block)
+    assert not replaced(block)

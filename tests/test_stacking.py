@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
+from dmoe_compile import stacking
 from dmoe_compile.bench.published import MLP, experts_of
 from dmoe_compile.stacking import NotStackableError, Stack, read_form
 from forms import CONFIG, config
@@ -149,7 +152,8 @@ def test_parameters_become_views_and_get_their_memory_back() -> None:
     assert downs.shape == (EXPERTS, HIDDEN, 24)
     for name, parameter in experts.named_parameters():
         whole = downs if "down" in name else ups
-        assert parameter.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        assert 0 <= parameter.data_ptr() - whole.data_ptr() < whole.nbytes
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes  # so that saving one saves no other
     stack.restore()
     for name, parameter in experts.named_parameters():
         was, pointer, value = before[name]
@@ -170,13 +174,173 @@ def test_follows_new_memory() -> None:
     experts = experts_of(config())
     stack = Stack(list(experts))
     held = stack.weights
-    stack.refresh()
+    assert stack.refresh(list(experts)) == ""
     assert stack.weights is held  # nothing has changed
     experts[3].up_proj.weight.data = torch.zeros_like(experts[3].up_proj.weight)
+    assert stack.refresh(list(experts)) == ""
     with torch.no_grad():
         assert_close(stack(*routed()), one_by_one(experts, *routed()), rtol=1e-5, atol=1e-6)
     assert stack.weights is not held
     assert not stack.weights[0][3, 24:].any()
+
+
+def test_follows_a_new_parameter() -> None:
+    experts = experts_of(config())
+    stack = Stack(list(experts))
+    assert not stack.dirty
+    experts[3].up_proj.weight = nn.Parameter(torch.zeros_like(experts[3].up_proj.weight))
+    assert stack.dirty
+    assert stack.refresh(list(experts)) == ""
+    assert not stack.dirty
+    assert not stack.weights[0][3, 24:].any()
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def replaced_expert(experts: nn.ModuleList) -> None:
+    experts[3] = MLP(config())
+
+
+def wrapped_linear(experts: nn.ModuleList) -> None:
+    experts[3].up_proj = nn.Sequential(experts[3].up_proj, Scaled())
+
+
+def hooked(experts: nn.ModuleList) -> None:
+    experts[3].up_proj.register_forward_pre_hook(lambda _module, args: args)
+
+
+def given_a_forward(experts: nn.ModuleList) -> None:
+    experts[3].forward = lambda x: x
+
+
+def parametrised(experts: nn.ModuleList) -> None:
+    nn.utils.parametrize.register_parametrization(experts[3].up_proj, "weight", Scaled())
+
+
+def pruned(experts: nn.ModuleList) -> None:
+    prune.l1_unstructured(experts[3].up_proj, "weight", amount=0.5)
+
+
+def given_a_bias(experts: nn.ModuleList) -> None:
+    experts[3].up_proj.bias = nn.Parameter(torch.ones(24))
+
+
+def of_another_dtype(experts: nn.ModuleList) -> None:
+    experts[3].to(torch.bfloat16)
+
+
+def of_another_activation(experts: nn.ModuleList) -> None:
+    for expert in experts:
+        expert.act_fn = nn.GELU()
+
+
+BREAKS = {
+    replaced_expert: "other experts took the place",
+    wrapped_linear: "differ: experts 0 and 3",
+    hooked: "hooks",
+    given_a_forward: "a forward of their own",
+    parametrised: "differ: experts 0 and 3",
+    pruned: "differ: experts 0 and 3",
+    given_a_bias: "differ: experts 0 and 3",
+    of_another_dtype: "several dtypes",
+    of_another_activation: "",
+}
+
+
+@pytest.mark.parametrize("change", BREAKS)
+def test_says_what_it_cannot_follow(change: Callable[[nn.ModuleList], None]) -> None:
+    experts = experts_of(config())
+    stack = Stack(list(experts))
+    change(experts)
+    reason = stack.refresh(list(experts))
+    assert BREAKS[change] in reason
+    if not reason:
+        with torch.no_grad():
+            assert_close(stack(*routed()), one_by_one(experts, *routed()), rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_lent_for_one_call_are_not_stacked() -> None:
+    experts = experts_of(config())
+    stack = Stack(list(experts))
+    other = {name: torch.zeros_like(value) for name, value in experts.state_dict().items()}
+
+    class Asking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = experts
+
+        def forward(self) -> bool:
+            return stack.is_swapped()
+
+    asking = Asking()
+    assert torch.func.functional_call(asking, {f"experts.{name}": value for name, value in other.items()}, ())
+    assert not asking()
+
+
+def test_experts_of_two_lists_are_refused() -> None:
+    experts = experts_of(config())
+    stack = Stack(list(experts))
+    with pytest.raises(NotStackableError, match="stacked in another list"):
+        Stack(list(experts))
+    stack.restore()
+    Stack(list(experts))
+
+
+def test_memory_that_two_parameters_share_is_refused() -> None:
+    experts = experts_of(config())
+    experts[2].up_proj.weight.data = experts[1].up_proj.weight.data
+    with pytest.raises(NotStackableError, match=r"share memory: 1\.up_proj\.weight and 2\.up_proj\.weight"):
+        Stack(list(experts))
+
+
+def test_quantised_weights_in_plain_linears_are_refused() -> None:
+    class Quantised(Tensor):
+        pass
+
+    experts = experts_of(config())
+    for expert in experts:
+        expert.up_proj.weight = nn.Parameter(torch.randn(24, HIDDEN).as_subclass(Quantised))
+    with pytest.raises(NotStackableError, match=r"hold a (Quantised|Parameter)"):
+        Stack(list(experts))
+
+
+def test_an_interrupted_stacking_gives_everything_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = experts_of(config())
+    pointers = [parameter.data_ptr() for parameter in experts.parameters()]
+    gathered, calls = stacking._gathered, []
+
+    def interrupted(parameters: list[list[nn.Parameter]]) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return gathered(parameters)
+
+    monkeypatch.setattr(stacking, "_gathered", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Stack(list(experts))
+    assert [parameter.data_ptr() for parameter in experts.parameters()] == pointers
+
+
+def test_inference_mode_leaves_parameters_trainable() -> None:
+    experts = experts_of(config())
+    with torch.inference_mode():
+        stack = Stack(list(experts))
+    assert not any(parameter.is_inference() for parameter in (*experts.parameters(), *stack.weights))
+
+
+def test_gradients_where_only_some_weights_want_them() -> None:
+    experts = experts_of(config())
+    for expert in experts:
+        expert.gate_proj.requires_grad_(requires_grad=False)
+    experts[0].requires_grad_(requires_grad=False)
+    stack = Stack(list(experts))
+    stack(*routed()).sum().backward()
+    assert experts[1].up_proj.weight.grad is not None
+    assert experts[1].gate_proj.weight.grad is None
+    assert experts[0].up_proj.weight.grad is None
 
 
 def test_a_copy_shares_nothing() -> None:

@@ -139,7 +139,7 @@ def _child(job: Row) -> Row:
         outside_ms = median(outside_us(compiled, x) for _ in range(_CALLS)) / 1e3
         call_ms = median(_seconds(compiled, x) for _ in range(_CALLS)) * 1e3
     return environment() | {
-        "layers_made": len(model.layers),
+        "layers_made": len(list(model.get_submodule("layers").children())),
         "prepare_s": prepare_s,
         "first_call_s": first_call_s,
         "graphs": counters["stats"]["unique_graphs"],
