@@ -145,9 +145,9 @@ class Template:
         gate: the name of the router, a child of the block.
         takes_rows: the router is given [T, H], else [B, S, H].
         gives: what the router returns: of "logits", "ids", "weights" and "" for each of its results.
-        top_k, score, renormalise, scale, cast: how ids and weights follow from logits, if the router gives these:
-            k; softmax, sigmoid or, over the k chosen, "top-k softmax"; weights that sum to 1; a factor; weights in
-            the hidden states' dtype.
+        top_k, score, in_float, renormalise, scale, cast: how ids and weights follow from logits, if the router gives
+            these: k; softmax, sigmoid or, over the k chosen, "top-k softmax"; in fp32 or in the logits' dtype; weights
+            that sum to 1; a factor; weights in the hidden states' dtype.
         shared, shared_gate: names of experts that every token runs through, and of their sigmoid gate; "" for none.
         returns: the block's result: "out" and the names above in place of tensors, None where it returns None.
     """
@@ -157,6 +157,7 @@ class Template:
     gives: tuple[str, ...]
     top_k: int
     score: str = ""
+    in_float: bool = True
     renormalise: bool = False
     scale: float = 1.0
     cast: bool = False
@@ -180,13 +181,12 @@ class Template:
 
     def _select(self, logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return weights and ids [T, k] for logits [T, E]."""
+        logits = logits.float() if self.in_float else logits
         if self.score == "top-k softmax":
             values, ids = torch.topk(logits, self.top_k, dim=-1)
-            weights = F.softmax(values, dim=-1, dtype=torch.float)
+            weights = F.softmax(values, dim=-1)
         else:
-            scores = (
-                F.softmax(logits, dim=-1, dtype=torch.float) if self.score == "softmax" else logits.float().sigmoid()
-            )
+            scores = F.softmax(logits, dim=-1) if self.score == "softmax" else logits.sigmoid()
             weights, ids = torch.topk(scores, self.top_k, dim=-1)
         if self.renormalise:
             weights = weights / weights.sum(dim=-1, keepdim=True)
@@ -195,6 +195,7 @@ class Template:
 
     def __str__(self) -> str:
         how = [self.score] if self.score else [f"ids and weights of {self.gate}"]
+        how += ["in the logits' dtype"] if self.score and not self.in_float else []
         how += ["renormalised"] if self.renormalise else []
         how += [f"times {self.scale:g}"] if self.scale != 1 else []
         how += [f"plus {self.shared}"] if self.shared else []
@@ -226,7 +227,7 @@ def templates(block: nn.Module, seen: Seen) -> Iterator[Template]:
             if (returns := _returned(base, seen)) is None:
                 continue
             base = replace(base, returns=returns)
-            for routed in [base] if ids is not None else _selecting(base, block):
+            for routed in [base] if ids is not None else _selecting(base, block, seen):
                 yield from _sharing(routed, seen)
 
 
@@ -238,13 +239,18 @@ def _kind(value: Any, tokens: int, num_experts: int) -> str:
     return "logits" if value.shape[-1] == num_experts else "weights"
 
 
-def _selecting(base: Template, block: nn.Module) -> Iterator[Template]:
-    factor = getattr(block, "routed_scaling_factor", 1.0)
-    for score, renormalise, cast in itertools.product(("softmax", "sigmoid"), (True, False), (True, False)):
-        for scale in dict.fromkeys((1.0, float(factor))):
-            yield replace(base, score=score, renormalise=renormalise, cast=cast, scale=scale)
-    for cast in (True, False):
-        yield replace(base, score="top-k softmax", cast=cast)
+def _selecting(base: Template, block: nn.Module, seen: Seen) -> Iterator[Template]:
+    """Add how a router's logits become ids and weights."""
+    factors = dict.fromkeys((1.0, float(getattr(block, "routed_scaling_factor", 1.0))))
+    truth = (True, False)
+    logits = seen.children[base.gate][1]
+    logits = logits[base.gives.index("logits")] if isinstance(logits, tuple) else logits
+    precisions = (True,) if logits.dtype == torch.float32 else truth
+    casts = (False,) if seen.hidden.dtype == torch.float32 else truth
+    for in_float, cast in itertools.product(precisions, casts):
+        for score, renormalise, scale in itertools.product(("softmax", "sigmoid"), truth, factors):
+            yield replace(base, score=score, in_float=in_float, renormalise=renormalise, cast=cast, scale=scale)
+        yield replace(base, score="top-k softmax", in_float=in_float, cast=cast)
 
 
 def _sharing(base: Template, seen: Seen) -> Iterator[Template]:

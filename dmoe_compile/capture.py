@@ -335,18 +335,19 @@ def _prepare_stacked(name: str, module: nn.Module) -> Prepared | None:
         return None
     if getattr(module, names[0]).is_meta:
         return replace(report, reason="its experts are on the meta device; load their weights first")
-    done = replace(report, reason="its forward takes its arguments in no known order")
+    refused = []
     for order in orders:
         try:
             with at_rest(module):
                 done, way = _replace_stacked(module, order, report)
-        except Exception as error:
-            done = replace(report, reason=_failed(error))
+        except Exception as error:  # of this order, perhaps
+            refused.append(replace(report, reason=_failed(error)))
             continue
         if way is not None:
             install(module, way[1])
             return done
-    return done
+        refused.insert(0, done)
+    return refused[0]
 
 
 def _replace_stacked(module: nn.Module, order: tuple[str, ...], report: Prepared) -> tuple[Prepared, _Way | None]:
@@ -377,17 +378,15 @@ def _choose(
     expected = [_result(module, state, args) for args in inputs]
     allowed = tolerance(next(module.parameters()).dtype)
     tried = [(_error(module, way, state, inputs[:1], expected[:1]), way) for way in ways()]
-    near = sorted((each for each in tried if each[0] <= allowed), key=lambda each: each[0])
-    errors = [each[0] for each in tried if each[0] > allowed]
-    for _, way in near[:_MAX_WAYS]:
-        error = _error(module, way, state, inputs, expected)
-        if error <= allowed:
-            owner, cut, how = way
-            changing = {path.rpartition(".")[2] for _, changed in expected for path in changed}
-            cut.settings = {name: value for name, value in settings_of(owner).items() if name not in changing}
-            return replace(report, how=how, error=error), way
-        errors.append(error)
-    nearest = min(errors, default=float("inf"))
+    near = sorted((each for each in tried if each[0] <= allowed), key=lambda each: each[0])[:_MAX_WAYS]
+    full = [(_error(module, way, state, inputs, expected), way) for _, way in near]
+    error, way = min(full, key=lambda each: each[0], default=(float("inf"), None))
+    if way is not None and error <= allowed:
+        owner, cut, how = way
+        changing = {path.rpartition(".")[2] for _, changed in expected for path in changed}
+        cut.settings = {name: value for name, value in settings_of(owner).items() if name not in changing}
+        return replace(report, how=how, error=error), way
+    nearest = min((each[0] for each in full or tried), default=float("inf"))
     off = f"; the nearest is off by {nearest:.1e}" if nearest < float("inf") else ""
     changes = ", ".join({path: None for _, changed in expected for path in changed})
     return replace(

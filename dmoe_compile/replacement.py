@@ -110,8 +110,8 @@ def _holders(module: nn.Module) -> list[nn.Module]:
 
 
 def _kind(module: nn.Module) -> Any:
-    """Return the class that a module had."""
-    return type(module)._dmoe_kind  # type: ignore[attr-defined]
+    """Return the class that a module had; a bound method of ours may outlive what it was taken from."""
+    return getattr(type(module), "_dmoe_kind", type(module))
 
 
 def follow(experts: nn.Module, stack: Stack) -> None:
@@ -191,7 +191,7 @@ def _is_current(module: nn.Module, cut: Cut) -> bool:
         return False  # swapped: torch.func.functional_call() lends the experts other parameters for one call
     if reason := why_stale(module, cut):
         log.warning(
-            "%s: %s since prepare(), so its own code runs again; call dmoe_compile.prepare(model) once more",
+            "%s: since prepare(), %s; so its own code runs again. dmoe_compile.prepare(model) looks at it once more",
             type(module).__name__,
             reason,
         )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import pickle
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -264,6 +268,400 @@ def test_experts_of_other_shapes() -> None:
         (entry,) = prepare(block).blocks
         assert not entry.reason
         assert_close(output(block, x), own, **CLOSE[torch.float32])
+
+
+# What is done to experts later, and how a block notices.
+
+
+def wrapped(block: Any) -> None:
+    """As PEFT does it."""
+
+    class LoRA(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Linear(HIDDEN, 2, bias=False), nn.Linear(2, 24, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(x) + self.up(self.down(x))
+
+    torch.manual_seed(5)
+    for expert in block.experts:
+        expert.up_proj = LoRA(expert.up_proj)
+
+
+def another_expert(block: Any) -> None:
+    torch.manual_seed(5)
+    block.experts[2] = forms.MLP(forms.config())
+
+
+def another_list(block: Any) -> None:
+    torch.manual_seed(5)
+    block.experts = forms.experts_of(forms.config())
+
+
+def another_linear(block: Any) -> None:
+    torch.manual_seed(5)
+    block.experts[2].down_proj = nn.Linear(24, HIDDEN, bias=False)
+
+
+def another_parameter(block: Any) -> None:
+    for expert in block.experts:
+        expert.up_proj.weight = nn.Parameter(expert.up_proj.weight * 2)
+
+
+def parametrised(block: Any) -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    nn.utils.parametrize.register_parametrization(block.experts[2].up_proj, "weight", Doubled())
+
+
+def hooked_later(block: Any) -> None:
+    for expert in block.experts:
+        expert.register_forward_hook(lambda _module, _args, out: out * 2)
+
+
+def patched_later(block: Any) -> None:
+    for expert in block.experts:
+        own = expert.forward
+        expert.forward = lambda x, own=own: own(x) * 2
+
+
+def fewer_experts_a_token(block: Any) -> None:
+    block.top_k = block.num_experts_per_tok = 1
+
+
+def another_gate(block: Any) -> None:
+    torch.manual_seed(5)
+    kind = type(block.gate)
+    block.gate = kind(HIDDEN, 12, bias=False) if kind is nn.Linear else kind(forms.config())
+
+
+LATER = [
+    wrapped, another_expert, another_list, another_linear, another_parameter, parametrised, hooked_later,
+    patched_later, fewer_experts_a_token, another_gate,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", LATER)
+@pytest.mark.parametrize("name", ["softmax_loop", "bailing"])
+def test_what_happens_to_experts_later_is_not_lost(
+    name: str, change: Callable[[Any], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    block, plain, x = forms.build(name), forms.build(name), inputs()
+    prepare(block)
+    own = output(block, x)
+    change(block), change(plain)
+    wanted = output(plain, x)
+    if not (name == "bailing" and change is fewer_experts_a_token):  # which its gate does not read
+        assert not torch.allclose(own, wanted, **CLOSE[torch.float32])
+    assert_close(output(block, x), wanted, **CLOSE[torch.float32])
+    assert_close(output(block, x), wanted, **CLOSE[torch.float32])
+    assert len(caplog.messages) <= 1  # said once
+    (entry,) = prepare(block).blocks
+    assert entry.reason or entry.how
+    assert_close(output(block, x), wanted, **CLOSE[torch.float32])
+    unprepare(block)
+    assert_close(output(block, x), wanted, **CLOSE[torch.float32])
+
+
+NOT_TOLD = {hooked_later, patched_later}  # Dynamo ignores hooks on a module that it has compiled, in any model
+
+
+@pytest.mark.parametrize("change", [change for change in LATER if change not in NOT_TOLD])
+def test_compiled_code_notices_too(change: Callable[[Any], None]) -> None:
+    block, plain, x = forms.build("softmax_loop"), forms.build("softmax_loop"), inputs()
+    prepare(block)
+    compiled = torch.compile(block, backend="eager")
+    output(compiled, x)
+    change(block), change(plain)
+    assert_close(output(compiled, x), output(plain, x), **CLOSE[torch.float32])
+
+
+def test_weights_lent_for_one_call_are_used_for_that_call() -> None:
+    block, x = forms.build("softmax_loop"), inputs()
+    prepare(block)
+    own = output(block, x)
+    lent = {name: torch.zeros_like(value) for name, value in block.state_dict().items() if "down_proj" in name}
+    with torch.no_grad():
+        out, _ = torch.func.functional_call(block, lent, (x,))
+    assert not out.any()
+    assert_close(output(block, x), own, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_prepared_block_can_be_saved_whole(name: str, tmp_path: Path) -> None:
+    block, x = forms.build(name), inputs()
+    prepare(block)
+    own = output(block, x)
+    torch.save(block, tmp_path / "block.pt")
+    for other in (torch.load(tmp_path / "block.pt", weights_only=False), pickle.loads(pickle.dumps(block))):
+        assert_close(output(other, x), own, rtol=0, atol=0)
+        assert [entry.how for entry in prepare(other).blocks] == ["prepared before"]
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert not output(other, x).any()
+        unprepare(other)
+        assert not output(other, x).any()
+
+
+def test_every_parameter_can_be_saved_alone(tmp_path: Path) -> None:
+    block, plain = forms.build("softmax_loop"), forms.build("softmax_loop")
+    prepare(block)
+    save_model(block, tmp_path / "model.safetensors")  # which refuses tensors that share a storage
+    load_model(forms.build("softmax_loop"), tmp_path / "model.safetensors")
+    sizes = []
+    for each in (block, plain):
+        torch.save(each.experts[0].state_dict(), tmp_path / "expert.pt")
+        sizes.append((tmp_path / "expert.pt").stat().st_size)
+    assert sizes[0] == sizes[1]
+
+
+def test_a_prepared_block_is_freed_with_its_last_user() -> None:
+    block = forms.build("softmax_loop")
+    prepare(block)
+    gone = weakref.ref(block)
+    gc.disable()
+    try:
+        del block
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_prepared_in_inference_mode_it_still_trains() -> None:
+    block = forms.build("softmax_loop")
+    with torch.inference_mode():
+        assert prepare(block).prepared
+        block(inputs())
+    block(inputs())[0].sum().backward()
+    assert block.experts[0].up_proj.weight.grad is not None
+
+
+def test_in_training_mode_its_own_code_runs() -> None:
+    class Dropping(forms.MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(F.dropout(self.act_fn(self.gate_proj(x)) * self.up_proj(x), 1.0, self.training))
+
+    block = forms.build("bailing", num_shared_experts=None)
+    block.experts = nn.ModuleList([Dropping(forms.config()) for _ in range(12)]).eval()
+    assert prepare(block).prepared
+    assert output(block, inputs()).any()
+    assert not output(block.train(), inputs()).any()
+
+
+def test_what_its_forward_changes_is_kept_or_refused() -> None:
+    class Counting(forms.SoftmaxLoop):
+        load: Tensor
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.register_buffer("load", torch.zeros(config.num_experts))
+            self.calls = 0
+
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+            self.load += 1
+            self.calls += 1
+            return super().forward(hidden_states)
+
+    block = Counting(forms.config()).eval()
+    (entry,) = prepare(block).blocks
+    assert entry.reason == "its forward is of no known form; it changes calls, load"
+    assert (block.load == 0).all()
+    assert block.calls == 0
+
+
+def test_random_numbers_of_the_router_are_its_own() -> None:
+    class Jittering(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x + 1e-2 * torch.rand_like(x))
+
+    block, plain = forms.build("softmax_loop"), forms.build("softmax_loop")
+    block.gate.__class__ = plain.gate.__class__ = Jittering
+    state = torch.get_rng_state()
+    assert prepare(block).prepared
+    assert torch.equal(torch.get_rng_state(), state)
+    own = output(block, inputs())
+    torch.set_rng_state(state)
+    assert_close(own, output(plain, inputs()), **CLOSE[torch.float32])
+
+
+def test_called_in_another_way_its_own_code_runs() -> None:
+    block, plain, x = forms.build("softmax_loop"), forms.build("softmax_loop"), inputs()
+    prepare(block)
+    with torch.no_grad():
+        assert_close(block(hidden_states=x), plain(hidden_states=x), **CLOSE[torch.float32])
+        assert block(x[:, :0])[0].shape == (2, 0, HIDDEN)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'mask'"):
+            block(x, mask=None)
+
+
+def test_a_method_with_another_argument_is_compared_with_that_argument() -> None:
+    class Scaling(forms.Bailing):
+        factor = 1.0
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            ids, weights, _ = self.gate(hidden_states)
+            rows = hidden_states.view(-1, hidden_states.shape[-1])
+            return self.scaled(rows, ids, weights, self.factor).view(hidden_states.shape)
+
+        def scaled(self, x: Tensor, ids: Tensor, weights: Tensor, factor: float) -> Tensor:
+            return factor * self.moe_infer(x, ids, weights)
+
+        moe_infer = torch.no_grad()(forms.Bailing.moe_infer)
+
+    torch.manual_seed(0)
+    block, x = Scaling(forms.config()).eval(), inputs()
+    own = output(block, x)
+    assert prepare(block).prepared
+    assert_close(output(block, x), own, **CLOSE[torch.float32])
+    block.factor = 3.0
+    assert_close(output(block, x), 3 * own, **CLOSE[torch.float32])
+
+
+def test_one_list_in_two_blocks() -> None:
+    first, second = forms.build("softmax_loop"), forms.build("bailing")
+    second.experts = first.experts
+    both, x = nn.ModuleList([first, second]), inputs()
+    own = [output(block, x) for block in both]
+    assert len(prepare(both).prepared) == 2
+    for block, wanted in zip(both, own, strict=True):
+        assert_close(output(block, x), wanted, **CLOSE[torch.float32])
+    unprepare(both)
+    for block, wanted in zip(both, own, strict=True):
+        assert_close(output(block, x), wanted, rtol=0, atol=0)
+
+
+def test_two_lists_in_one_block() -> None:
+    block = forms.build("bailing")
+    block.others = forms.experts_of(forms.config())
+    x = inputs()
+    own = output(block, x)
+    first, second = prepare(block).blocks
+    assert first.how
+    assert second.reason == "another list of experts in it was replaced"
+    assert_close(output(block, x), own, **CLOSE[torch.float32])
+
+
+class Wrapper(nn.Module):
+    """Experts in a module of their own, which is called with (hidden, ids, weights)."""
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.mlps = experts
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.mlps.children()):
+            tokens, places = torch.where(ids == e)
+            out.index_add_(0, tokens, expert(x[tokens]) * weights[tokens, places, None])
+        return out
+
+
+@pytest.mark.parametrize("kind", ["ModuleList", "ModuleDict"])
+def test_experts_in_a_module_of_their_own(kind: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            experts = forms.experts_of(forms.config())
+            named = nn.ModuleDict({f"expert_{i}": expert for i, expert in enumerate(experts)})
+            self.gate = nn.Linear(HIDDEN, len(experts), bias=False)
+            self.experts = Wrapper(experts if kind == "ModuleList" else named)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.view(-1, HIDDEN)
+            weights, ids = self.gate(rows).softmax(-1).topk(3)
+            return self.experts(rows, ids, weights).view(x.shape)
+
+    block, x = Block().eval(), inputs()
+    own = output(block, x)
+    (entry,) = prepare(block).blocks
+    assert entry.how == "Wrapper.forward()"
+    assert_close(output(block, x), own, **CLOSE[torch.float32])
+    assert_close(output(torch.compile(block, backend="eager", fullgraph=True), x), own, **CLOSE[torch.float32])
+    unprepare(block)
+    assert_close(output(block, x), own, rtol=0, atol=0)
+
+
+# What only looks right: wrong mathematics that the block's own weights, or small inputs, would not show.
+
+
+class Biased(forms.SoftmaxLoop):
+    """The choice has a bias, which is zero before the weights are loaded."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        logits = self.gate(rows)
+        scores = logits.sigmoid()
+        ids = (scores + self.bias).topk(self.top_k).indices
+        weights = scores.gather(-1, ids)
+        return Wrapper(self.experts)(rows, ids, weights).view(hidden_states.shape), logits
+
+
+class SoftCapped(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 30 * torch.tanh(super().forward(x) / 30)
+
+
+class Clamped(forms.SoftmaxLoop):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        out, logits = super().forward(hidden_states)
+        return out.clamp(-100, 100), logits
+
+
+class Limited(forms.SoftmaxLoop):
+    """An expert takes no more than 64 tokens."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        rows = hidden_states.view(-1, hidden_states.shape[-1])
+        logits = self.gate(rows)
+        weights, ids = logits.softmax(-1).topk(self.top_k)
+        place = F.one_hot(ids, self.num_experts).sum(1).cumsum(0).gather(-1, ids)
+        return Wrapper(self.experts)(rows, ids, weights * (place <= 64)).view(hidden_states.shape), logits
+
+
+class Louder(forms.SoftmaxLoop):
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        out, logits = super().forward(hidden_states)
+        return out * 1.02, logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Biased, Clamped, Limited, Louder])
+def test_what_only_looks_right_is_refused(kind: type[forms.SoftmaxLoop], dtype: torch.dtype) -> None:
+    block = kind(forms.config(hidden_size=64)).eval().to(dtype)
+    (entry,) = prepare(block).blocks
+    assert "of no known form" in entry.reason
+
+
+def test_weights_that_show_nothing_do_not_mislead() -> None:
+    """Not renormalised, with experts that are all zero when it is prepared."""
+    block = forms.build("softmax_loop", norm_topk_prob=False)
+    plain = copy.deepcopy(block)
+    for expert in block.experts:
+        nn.init.zeros_(expert.down_proj.weight)
+    assert str(prepare(block).prepared[0].how) == "the whole block (softmax)"
+    block.load_state_dict(plain.state_dict())
+    assert_close(output(block, inputs()), output(plain, inputs()), **CLOSE[torch.float32])
+
+
+def test_a_softmax_in_low_precision_is_told_from_one_in_fp32() -> None:
+    class Native(forms.SoftmaxLoop):
+        def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+            rows = hidden_states.view(-1, hidden_states.shape[-1])
+            logits = self.gate(rows)
+            weights, ids = logits.softmax(-1).topk(self.top_k)
+            return Wrapper(self.experts)(rows, ids, weights).view(hidden_states.shape), logits
+
+    block = Native(forms.config(num_experts=128)).eval().to(torch.bfloat16)  # so many that some scores are equal
+    (entry,) = prepare(block).blocks
+    assert entry.how == "the whole block (softmax, in the logits' dtype)"
 
 
 # What is refused, by name, with nothing changed.
