@@ -138,7 +138,7 @@ def loops(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in _own(model).named_modules():
         lists = [experts for experts in _expert_lists(module) if _owner(module, experts) is None]
-        if lists or (cut_of(module) is None and stacked_loops.argument_orders(module)):
+        if lists or (cut_of(module) is None and stacked_loops.calls(module)):
             found[name] = module
     return found
 
@@ -330,17 +330,17 @@ def _prepare_stacked(name: str, module: nn.Module) -> Prepared | None:
         return replace(report, how="prepared before")
     if cut is not None:
         uninstall(module)
-    orders = stacked_loops.argument_orders(module)
-    if not orders:
+    calls = stacked_loops.calls(module)
+    if not calls:
         return None
     if getattr(module, names[0]).is_meta:
         return replace(report, reason="its experts are on the meta device; load their weights first")
     refused = []
-    for order in orders:
+    for call in calls:
         try:
             with at_rest(module):
-                done, way = _replace_stacked(module, order, report)
-        except Exception as error:  # of this order, perhaps
+                done, way = _replace_stacked(module, call, report)
+        except Exception as error:  # it may not be called like this
             refused.append(replace(report, reason=_failed(error)))
             continue
         if way is not None:
@@ -350,10 +350,10 @@ def _prepare_stacked(name: str, module: nn.Module) -> Prepared | None:
     return refused[0]
 
 
-def _replace_stacked(module: nn.Module, order: tuple[str, ...], report: Prepared) -> tuple[Prepared, _Way | None]:
-    inputs = stacked_loops.inputs(module, order)
+def _replace_stacked(module: nn.Module, call: stacked_loops.Call, report: Prepared) -> tuple[Prepared, _Way | None]:
+    inputs = stacked_loops.inputs(module, call)
     parameters = tuple(inspect.signature(module.forward).parameters)
-    roles = dict(zip(order, parameters, strict=True))
+    roles = dict(zip(call.order, parameters, strict=True))
 
     def ways() -> Iterator[_Way]:
         for run in stacked_loops.implementations(module):

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -29,20 +30,28 @@ def weight_names(module: nn.Module) -> list[str]:
     return list(found) if len(found) > 1 and len({p.shape[0] for p in found.values()}) == 1 else []
 
 
-def argument_orders(module: nn.Module) -> list[tuple[str, ...]]:
-    """Return the orders of arguments for which the forward of stacked experts needs their values; none for others."""
+@dataclass(frozen=True)
+class Call:
+    """How the forward of stacked experts may be called: the order of "hidden", "ids" and "weights", and H."""
+
+    order: tuple[str, ...]
+    width: int
+
+
+def calls(module: nn.Module) -> list[Call]:
+    """Return the calls for which the forward of stacked experts needs the values of its arguments; none for others."""
     if not weight_names(module) or len(inspect.signature(module.forward).parameters) != len(ROLES):
         return []
     if _is_transformers_own(module) and _implementation_of(module) != "eager":
         return []
-    found: list[tuple[str, ...]] = []
-    for order in _ORDERS:
-        args = inputs(module, order)[0]
+    found = []
+    for call in itertools.starmap(Call, itertools.product(_ORDERS, _widths(module))):
+        args = inputs(module, call)[0]
         with at_rest(module), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             try:
                 module.forward(*map(mode.from_tensor, args))
             except (DynamicOutputShapeException, DataDependentOutputException):
-                found.append(order)
+                found.append(call)
             except Exception:  # not these arguments
                 continue
             else:
@@ -50,15 +59,19 @@ def argument_orders(module: nn.Module) -> list[tuple[str, ...]]:
     return found
 
 
-def inputs(module: nn.Module, order: tuple[str, ...]) -> list[tuple[Tensor, ...]]:
-    """Return (hidden, ids, weights), in the given order, as the comparisons use."""
-    names = weight_names(module)
-    like = getattr(module, names[0])
-    sizes = [set(getattr(module, name).shape[1:]) for name in names]
-    width = getattr(module, "hidden_size", None) or getattr(module, "hidden_dim", None)
-    width = width if isinstance(width, int) else min(set.intersection(*sizes), default=min(sizes[0]))
-    rows = routed_rows(like, width, like.shape[0])
-    return [tuple(dict(zip(ROLES, each, strict=True))[role] for role in order) for each in rows]
+def inputs(module: nn.Module, call: Call) -> list[tuple[Tensor, ...]]:
+    """Return (hidden, ids, weights), in the order of a call, as the comparisons use."""
+    like = getattr(module, weight_names(module)[0])
+    rows = routed_rows(like, call.width, like.shape[0])
+    return [tuple(dict(zip(ROLES, each, strict=True))[role] for role in call.order) for each in rows]
+
+
+def _widths(module: nn.Module) -> list[int]:
+    """Return what H may be: as the module says, or a size that all of its weights have."""
+    named = getattr(module, "hidden_size", None) or getattr(module, "hidden_dim", None)
+    if isinstance(named, int):
+        return [named]
+    return sorted(set.intersection(*(set(getattr(module, name).shape[1:]) for name in weight_names(module))))
 
 
 def implementations(module: nn.Module) -> Iterator[Callable[[Tensor, Tensor, Tensor], Tensor]]:

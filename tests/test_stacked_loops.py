@@ -14,7 +14,7 @@ import forms
 import zoo
 from dmoe_compile import prepare
 from dmoe_compile.blocks import ROLES
-from dmoe_compile.stacked_loops import argument_orders, inputs, weight_names
+from dmoe_compile.stacked_loops import Call, calls, inputs, weight_names
 
 E, H, WIDTH = 6, 16, 8
 
@@ -71,8 +71,8 @@ def test_known_layouts_are_replaced(name: str) -> None:
     torch.manual_seed(0)
     module = KNOWN[name]().eval()
     order = ("hidden", "weights", "ids") if name == "weights before ids" else ROLES
-    assert order in argument_orders(module)  # fake tensors can't always tell
-    args = inputs(module, order)[0]
+    assert Call(order, H) in calls(module)  # fake tensors can't always tell
+    args = inputs(module, Call(order, H))[0]
     with torch.no_grad():
         own = module(*args)
         (entry,) = prepare(module).blocks
@@ -112,7 +112,7 @@ class Counting(Hit):
 def test_looking_at_a_module_leaves_nothing_in_it() -> None:
     module = Counting().eval()
     load = module.load
-    assert argument_orders(module)
+    assert calls(module)
     assert module.load is load
     (entry,) = prepare(module).blocks
     assert "it changes load" in entry.reason
@@ -140,5 +140,5 @@ def test_one_that_can_not_be_run_is_refused_and_the_rest_prepared() -> None:
 
 def test_what_is_not_a_bank_of_experts() -> None:
     assert weight_names(nn.Linear(2, 2)) == []
-    assert argument_orders(nn.Linear(2, 2)) == []
-    assert argument_orders(nn.MultiheadAttention(4, 2)) == []
+    assert calls(nn.Linear(2, 2)) == []
+    assert calls(nn.MultiheadAttention(4, 2)) == []
