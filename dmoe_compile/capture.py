@@ -268,7 +268,6 @@ def _replace_loop(block: nn.Module, experts: nn.Module, stack: Stack, report: Pr
     width, like = _router_width(block, experts), next(experts.parameters())
     assert width is not None
     inputs = hidden_states(like, width)
-    of_experts = 0.0
 
     def ways() -> Iterator[_Way]:
         """Yield the calls that are seen, else templates of the whole block."""

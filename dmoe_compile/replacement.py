@@ -163,6 +163,7 @@ def _remade(kind: type[nn.Module], method: str) -> nn.Module:
 
 def _apply(self: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     _kind(self)._apply(self, fn, recurse)
+    vars(self)[KEY].dirty = True  # between kinds of devices, parameters are replaced and nothing is told
     _loaded(self, None)
     return self
 

@@ -179,7 +179,7 @@ class Stack:
 
     def is_swapped(self) -> bool:
         """Say whether the experts hold other parameters, without having been given them."""
-        return not self.dirty and any(a is not b for a, b in zip(self._read(), self._parameters, strict=True))
+        return not self.dirty and list(map(id, self._read())) != list(map(id, self._parameters))
 
     def refresh(self, experts: Sequence[nn.Module]) -> str:
         """Stack again if the experts were given other parameters or other memory.
@@ -192,25 +192,23 @@ class Stack:
         """
         if len(experts) != len(self._experts) or any(a is not b for a, b in zip(experts, self._experts, strict=True)):
             return "other experts took the place of its experts"
-        if self.dirty:
-            try:
-                form = read_form(experts[0])
-                _check_alike(experts)
-            except NotStackableError as error:
-                return f"its experts {error}"
-            if (form.ups, form.down, form.between.code) != (self.form.ups, self.form.down, self.form.between.code):
-                return "its experts compute something else"
-            self.form = form
-            self._take(experts)
-            self._register()
-        elif not all(map(_is_plain, self._modules)):
-            return "its experts were given hooks or a forward of their own"
         self.requires_grad = any(parameter.requires_grad for parameter in self._parameters)
-        if self._pointers != [parameter.data_ptr() for parameter in self._parameters]:
-            if len({(p.dtype, p.device, p.dim()) for p in self._parameters if p.dim() == 2}) > 1:
-                return "its experts are of several dtypes or devices"
-            self._fill()
-        self.dirty = False
+        self.dirty |= self._pointers != [parameter.data_ptr() for parameter in self._parameters]
+        if not self.dirty:
+            return (
+                "" if all(map(_is_plain, self._modules)) else "its experts were given hooks or a forward of their own"
+            )
+        try:
+            form = read_form(experts[0])
+            _check_alike(experts)
+        except NotStackableError as error:
+            return f"its experts {error}"
+        if (form.ups, form.down, form.between.code) != (self.form.ups, self.form.down, self.form.between.code):
+            return "its experts compute something else"
+        self.form = form
+        self._take(experts)
+        self._register()
+        self._fill()
         return ""
 
     @property

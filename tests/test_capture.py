@@ -170,6 +170,14 @@ def given_other_memory(block: nn.Module) -> nn.Module:
     return block
 
 
+def moved_with_other_parameters(block: nn.Module) -> nn.Module:
+    torch.__future__.set_overwrite_module_params_on_conversion(True)  # as between kinds of devices
+    try:
+        return block.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(False)
+
+
 def a_part_moved(block: nn.Module) -> nn.Module:
     experts = block.experts
     assert isinstance(experts, nn.Module)
@@ -177,7 +185,7 @@ def a_part_moved(block: nn.Module) -> nn.Module:
     return block
 
 
-CHANGES = [moved, halved, copied, assigned, loaded, given_other_memory, a_part_moved]
+CHANGES = [moved, halved, copied, assigned, loaded, given_other_memory, moved_with_other_parameters, a_part_moved]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -196,7 +204,7 @@ def test_weights_are_never_stale(name: str, change: Callable[[nn.Module], nn.Mod
     assert_close(output(changed, x), output(wanted, x), **tolerance)
 
 
-@pytest.mark.parametrize("change", [moved, assigned, a_part_moved])
+@pytest.mark.parametrize("change", [moved, assigned, moved_with_other_parameters, a_part_moved])
 def test_compiled_code_follows_too(change: Callable[[nn.Module], nn.Module]) -> None:
     block, plain = forms.build("bailing"), forms.build("bailing")
     prepare(block)

@@ -232,6 +232,10 @@ def of_another_dtype(experts: nn.ModuleList) -> None:
     experts[3].to(torch.bfloat16)
 
 
+def of_another_shape(experts: nn.ModuleList) -> None:
+    experts[3].up_proj.weight.data = torch.zeros(1, HIDDEN)  # which would be broadcast
+
+
 def of_another_activation(experts: nn.ModuleList) -> None:
     for expert in experts:
         expert.act_fn = nn.GELU()
@@ -245,7 +249,8 @@ BREAKS = {
     parametrised: "differ: experts 0 and 3",
     pruned: "differ: experts 0 and 3",
     given_a_bias: "differ: experts 0 and 3",
-    of_another_dtype: "several dtypes",
+    of_another_dtype: "differ: experts 0 and 3",
+    of_another_shape: "differ: experts 0 and 3",
     of_another_activation: "",
 }
 
