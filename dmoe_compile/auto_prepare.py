@@ -48,27 +48,30 @@ def is_available() -> bool:
 
 
 def _on_compile(_args: Any) -> None:
-    """Prepare the modules of the frame that is about to be compiled, if that is for us and asked for."""
-    from dmoe_compile.backend import dmoe, notices_of
-    from dmoe_compile.config import Config
-
+    """Prepare the modules of the frame that is about to be compiled where that is asked for; follow them elsewhere."""
     compiling = _compiling(sys._getframe(1))
     if compiling is None:
         return
     backend, options = _backend(compiling["compiler_fn"])
-    if backend is not dmoe:
-        if capture := sys.modules.get(f"{__package__}.capture"):  # else nothing was ever prepared
-            for module in dict.fromkeys(_modules_of(compiling)):
-                capture.refresh(module)
-        return
+    modules = dict.fromkeys(_modules_of(compiling))
+    ours = sys.modules.get(f"{__package__}.backend")
+    if ours is not None and backend is ours.dmoe and (config := _asks_for_prepared(options)):
+        for module in modules:
+            ours.notices_of(options).loops(prepare_or_say(module, config, _left_alone))
+    elif capture := sys.modules.get(f"{__package__}.capture"):  # else nothing was ever prepared
+        for module in modules:
+            capture.refresh(module)
+
+
+def _asks_for_prepared(options: Mapping[str, Any] | None) -> Config | None:
+    """Return the config of options for which experts in loops matter."""
+    from dmoe_compile.config import Config
+
     try:
         config = Config.from_options(options)
     except ValueError:
-        return  # which the backend raises where the user sees it
-    if not config.passes and not config.stats:
-        return
-    for module in dict.fromkeys(_modules_of(compiling)):
-        notices_of(options).loops(prepare_or_say(module, config, _left_alone))
+        return None  # which the backend raises where the user sees it
+    return config if config.passes or config.stats else None
 
 
 def prepare_or_say(model: nn.Module, config: Config, known: WeakSet[nn.Module] | None = None) -> list[str]:

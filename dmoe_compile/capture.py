@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dmoe_compile import stacked_loops
+from dmoe_compile import auto_prepare, stacked_loops
 from dmoe_compile.blocks import observe, templates
 from dmoe_compile.replacement import KEY, Cut, cut_of, follow, install, let_go, settings_of, uninstall, why_stale
 from dmoe_compile.stacking import NotStackableError, Stack
@@ -119,6 +119,7 @@ def prepare(model: nn.Module) -> PrepareReport:
     Returns:
         What was replaced in which block, or why not.
     """
+    auto_prepare.install()  # compiling with any backend then looks at what has happened to the experts since
     blocks: list[Prepared] = []
     for name, module in list(_own(model).named_modules()):
         for experts in _expert_lists(module):
@@ -282,12 +283,15 @@ def _replace_loop(block: nn.Module, experts: nn.Module, stack: Stack, report: Pr
             yield block, Cut("forward", stack, parameters, template=template, experts=experts), str(template)
 
     with _randomised(block, experts, stack):
+        state = State(experts)
         of_experts = _error_of_stack(experts, stack, width)
+        if changed := ", ".join(state.changed()):
+            return replace(report, reason=f"its experts change {changed} when they run"), None
         if of_experts > tolerance(like.dtype):
             return replace(report, reason=f"its experts, stacked, are off by {of_experts:.1e}"), None
-        done, way = _choose(block, ways, [(each,) for each in inputs], report)
+        done, way = _choose(block, ways, [(each,) for each in inputs], report, State(block, without=experts))
     done = replace(done, error=max(done.error, of_experts))
-    return _confirm(block, done, way, (inputs[0],))
+    return _confirm(block, done, way, (inputs[0],), State(block, without=experts))
 
 
 @contextmanager
@@ -360,21 +364,24 @@ def _replace_stacked(module: nn.Module, call: stacked_loops.Call, report: Prepar
 
     weights = [*module.parameters(), *module.buffers()]
     with random_weights(weights):
-        done, way = _choose(module, ways, inputs, report)
-    return _confirm(module, done, way, inputs[0])
+        done, way = _choose(module, ways, inputs, report, State(module))
+    return _confirm(module, done, way, inputs[0], State(module))
 
 
 # Choosing.
 
 
 def _choose(
-    module: nn.Module, ways: Callable[[], Iterator[_Way]], inputs: Sequence[tuple[Tensor, ...]], report: Prepared
+    module: nn.Module,
+    ways: Callable[[], Iterator[_Way]],
+    inputs: Sequence[tuple[Tensor, ...]],
+    report: Prepared,
+    state: State,
 ) -> tuple[Prepared, _Way | None]:
-    """Return the way that agrees best on the first input and agrees on all of them, or say that none does."""
-    if not is_telling(module.forward(*inputs[0])):
-        return replace(report, reason="on random weights it gives zeros, infinities or NaN: nothing to compare"), None
-    state = State(module)
+    """Return the way that agrees best of those that agree on the first input, or say that none agrees on all."""
     expected = [_result(module, state, args) for args in inputs]
+    if not is_telling(expected[0][0]):
+        return replace(report, reason="on random weights it gives zeros, infinities or NaN: nothing to compare"), None
     allowed = tolerance(next(module.parameters()).dtype)
     tried = [(_error(module, way, state, inputs[:1], expected[:1]), way) for way in ways()]
     near = sorted((each for each in tried if each[0] <= allowed), key=lambda each: each[0])[:_MAX_WAYS]
@@ -394,13 +401,12 @@ def _choose(
 
 
 def _confirm(
-    module: nn.Module, done: Prepared, way: _Way | None, args: tuple[Tensor, ...]
+    module: nn.Module, done: Prepared, way: _Way | None, args: tuple[Tensor, ...], state: State
 ) -> tuple[Prepared, _Way | None]:
     """Compare once more, on the module's own weights, where these give anything to compare."""
-    if way is None or not is_telling(module.forward(*args)):
+    if way is None or not is_telling((expected := _result(module, state, args))[0]):
         return done, way
-    state = State(module)
-    error = _error(module, way, state, [args], [_result(module, state, args)])
+    error = _error(module, way, state, [args], [expected])
     if error > tolerance(next(module.parameters()).dtype):
         return replace(done, how="", error=0.0, reason=f"{done.how} is off by {error:.1e} on its own weights"), None
     return replace(done, error=max(done.error, error)), way

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from dmoe_compile.experts import experts_forward
-from dmoe_compile.verify import fill_randomly
+from dmoe_compile.verify import State, fill_randomly
 
 
 class NotStackableError(Exception):
@@ -57,10 +57,13 @@ def read_form(expert: nn.Module) -> ExpertForm:
         here = f"{type(expert).__name__}{'.' if path else ''}{path}"
         if type(module) is not nn.Linear and any(True for _ in (*module._parameters, *module._buffers)):
             raise NotStackableError(f"hold a {_kind(module)} ({here}); only torch.nn.Linear can be stacked")
+    state = State(expert)
     try:
         graph = fx.Tracer().trace(expert)  # which keeps Linears whole
     except Exception as error:
         raise NotStackableError(f"can't be traced ({type(error).__name__}: {error})") from error
+    finally:
+        state.restore()
     inputs = [node for node in graph.find_nodes(op="placeholder") if node.users]
     linears = {n: str(n.target) for n in graph.find_nodes(op="call_module") if _is_linear(expert, n)}
     output = graph.output_node().args[0]
@@ -199,13 +202,10 @@ class Stack:
                 "" if all(map(_is_plain, self._modules)) else "its experts were given hooks or a forward of their own"
             )
         try:
-            form = read_form(experts[0])
             _check_alike(experts)
+            self.form = read_form(experts[0])
         except NotStackableError as error:
             return f"its experts {error}"
-        if (form.ups, form.down, form.between.code) != (self.form.ups, self.form.down, self.form.between.code):
-            return "its experts compute something else"
-        self.form = form
         self._take(experts)
         self._register()
         self._fill()

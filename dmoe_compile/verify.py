@@ -46,11 +46,17 @@ def at_rest(module: nn.Module) -> Iterator[State]:
 
 
 class State:
-    """What running a module may change: its buffers, and attributes of it and of the modules in it."""
+    """What running a module may change: its buffers, and attributes of it and of the modules in it.
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._held = {path: (each, dict(vars(each)), dict(each._buffers)) for path, each in module.named_modules()}
+    Args:
+        module: the module.
+        without: a part of it that is left out.
+    """
+
+    def __init__(self, module: nn.Module, without: nn.Module | None = None) -> None:
+        left_out = set() if without is None else set(without.modules())
+        modules = {path: each for path, each in module.named_modules() if each not in left_out}
+        self._held = {path: (each, dict(vars(each)), dict(each._buffers)) for path, each in modules.items()}
         self._values = {
             (path, name): value.detach().clone()
             for path, (_, attributes, buffers) in self._held.items()

@@ -120,7 +120,7 @@ def test_routed_inputs_use_every_expert_and_only_two() -> None:
     assert (in_turn[1][:, 0] != in_turn[1][:, 1]).all()
 
 
-A = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+A = torch.randn(4096, 32, generator=torch.Generator().manual_seed(0))
 
 
 def one_row_off(by: float) -> Tensor:
