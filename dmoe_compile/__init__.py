@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dmoe_compile.capture import prepare as prepare
     from dmoe_compile.capture import unprepare as unprepare
     from dmoe_compile.config import Config as Config
+    from dmoe_compile.passes.policies import register_policy as register_policy
     from dmoe_compile.report import Report as Report
     from dmoe_compile.report import explain as explain
     from dmoe_compile.runtime import RoutingStats as RoutingStats
@@ -36,6 +37,7 @@ _HOME = {
     "compile": "backend",
     "explain": "report",
     "prepare": "capture",
+    "register_policy": "passes.policies",
     "routing_stats": "runtime",
     "unprepare": "capture",
 }
@@ -47,6 +49,7 @@ __all__ = [
     "compile",
     "explain",
     "prepare",
+    "register_policy",
     "routing_stats",
     "unprepare",
 ]

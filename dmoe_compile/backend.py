@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +28,12 @@ from torch._logging import trace_structured
 
 from dmoe_compile import auto_prepare, experts
 from dmoe_compile.config import Config
+from dmoe_compile.kernels import count_experts
 from dmoe_compile.normalise import normalise, source
 from dmoe_compile.passes import pipeline
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.pipeline import Findings
+from dmoe_compile.passes.policies import Policy, find_policy
 from dmoe_compile.passes.sites import Sources
 from dmoe_compile.runtime import recorder
 
@@ -105,7 +109,7 @@ def rewrite(
     try:
         aten, sources = normalise(gm, example_inputs)
         _trace_artifact("dmoe_graph_before", aten)
-        settings = Settings(config.block_length, config.max_block_tokens)
+        settings = Settings(config.block_length, config.max_block_tokens, config.scope)
         findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=config.stats)
     except Exception as error:
         notices.warn(_unreadable(error))
@@ -165,7 +169,7 @@ class JointPass(CustomGraphPass):
         from torch._inductor.decomposition import select_decomp_table
 
         config = self.config
-        settings = Settings(config.block_length, config.max_block_tokens)
+        settings = Settings(config.block_length, config.max_block_tokens, config.scope)
         table = select_decomp_table()
         try:
             findings = pipeline.run(
@@ -188,8 +192,9 @@ class JointPass(CustomGraphPass):
         return Sources(paths, frozenset(parameters))
 
     def uuid(self) -> tuple[str, str, str]:
-        """Return what the result depends on: our sources, the options, and what the inputs are."""
-        return _source_hash(), repr(self.config), repr(self.inputs)
+        """Return what the result depends on: our sources, the policies', the options, and what the inputs are."""
+        policies = tuple(_written(find_policy(name)) for name in self.config.passes)
+        return _source_hash(policies), repr(self.config), repr(self.inputs)
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
@@ -199,7 +204,7 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[s
 
 
 def _recording(compiled: Callable[..., Any], findings: Findings) -> Callable[..., Any]:
-    """Return `compiled` without its last output, the unique experts of each site, which is recorded."""
+    """Return `compiled` without its last output, the counts of each site, which are recorded."""
     names = [outcome.site.name for outcome in findings.outcomes]
 
     def call(*args: Any) -> Any:
@@ -319,11 +324,19 @@ def _say_how_to_select() -> None:
 
 
 @functools.cache
-def _source_hash() -> str:
-    """Return a hash of this package's sources: a changed rule must never be served from a cache."""
-    here = Path(__file__).parent
-    files = sorted({*here.glob("*.py"), *Path(pipeline.__file__).parent.glob("*.py")})
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def _source_hash(policies: tuple[bytes, ...] = ()) -> str:
+    """Return a hash of this package's sources and of policies': a changed rule must never be served from a cache."""
+    folders = (Path(each).parent for each in (__file__, pipeline.__file__, count_experts.__file__))
+    files = sorted(file for folder in folders for file in folder.glob("*.py"))
+    return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *policies])).hexdigest()
+
+
+def _written(policy: Policy) -> bytes:
+    """Return the source of a policy, or something that never comes again where there is none."""
+    try:
+        return Path(inspect.getfile(policy.coreset)).read_bytes()
+    except (OSError, TypeError):
+        return uuid.uuid4().bytes
 
 
 def _trace_artifact(name: str, gm: fx.GraphModule) -> None:

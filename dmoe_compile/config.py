@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from dmoe_compile.passes.pipeline import POLICIES
+from dmoe_compile.passes.policies import find_policy, policy_names
 
+Scope = Literal["block", "batch"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
-_OWN = ("passes", "block_length", "max_block_tokens", "experts", "stats", "auto_prepare", "mode")
+_OWN = ("passes", "block_length", "max_block_tokens", "scope", "experts", "stats", "auto_prepare", "mode")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Config:
         block_length: tokens of a sequence that are denoised together and share a coreset: the model's own
             denoising unit (32 in LLaDA2 and SDAR, the canvas, 256, in DiffusionGemma).
         max_block_tokens: forwards with more tokens a sequence than this are left alone; None rewrites all.
+        scope: "block": the tokens of a block share a coreset. "batch": all tokens of a forward share one, whatever
+            its sequences, so that they read no more experts than it has.
         experts: the fused expert kernel. "auto" uses it where there is one, False never. There is none yet,
             so True is refused.
         stats: record unique experts per site and forward, see routing_stats().
@@ -38,6 +41,7 @@ class Config:
     passes: tuple[str, ...] = ()
     block_length: int = 32
     max_block_tokens: int | None = None
+    scope: str = "block"
     experts: bool | Literal["auto"] = "auto"
     stats: bool = False
     auto_prepare: bool = True
@@ -50,6 +54,8 @@ class Config:
         _check_int("block_length", self.block_length, "the tokens that are denoised together; 32 is usual")
         if self.max_block_tokens is not None:
             _check_int("max_block_tokens", self.max_block_tokens, "the longest forward to rewrite; None rewrites all")
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope={self.scope!r} must be one of: {', '.join(get_args(Scope))}")
         if self.experts not in ("auto", True, False) or not isinstance(self.experts, bool | str):
             raise ValueError(f"experts={self.experts!r} must be 'auto', True or False")
         if self.experts is True:
@@ -67,14 +73,15 @@ class Config:
             if not isinstance(given, Mapping):
                 raise ValueError(f"{name}={given!r} must be a dict")
         for name, options in self.policies.items():
-            if name not in POLICIES or not isinstance(options, POLICIES[name].Options):
-                raise ValueError(f"policies[{name!r}]={options!r} must be the Options of one of: {', '.join(POLICIES)}")
+            if name not in policy_names() or not isinstance(options, find_policy(name).Options):
+                known = ", ".join(policy_names())
+                raise ValueError(f"policies[{name!r}]={options!r} must be the Options of one of: {known}")
         _check_inductor(self.inductor)
 
     @property
     def selected(self) -> dict[str, Any]:
         """Options of the selected passes by name, in the order to run."""
-        return {name: self.policies.get(name) or POLICIES[name].Options() for name in self.passes}
+        return {name: self.policies.get(name) or find_policy(name).Options() for name in self.passes}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
@@ -92,7 +99,7 @@ class Config:
             policy, _, name = key.partition(".")
             if key in _OWN:
                 own[key] = value
-            elif policy in POLICIES and name:
+            elif policy in policy_names() and name:
                 fields.setdefault(policy, {})[name] = value
             else:
                 inductor[key.replace("-", "_")] = value
@@ -114,8 +121,8 @@ def known_keys() -> list[str]:
     """Return every option key: our own, the policies', and Inductor's."""
     from torch._inductor import list_options
 
-    policies = [f"{name}.{f.name}" for name, policy in POLICIES.items() for f in dataclasses.fields(policy.Options)]
-    return [*_OWN, *policies, *list_options()]
+    fields = {name: dataclasses.fields(find_policy(name).Options) for name in policy_names()}
+    return [*_OWN, *(f"{name}.{field.name}" for name in fields for field in fields[name]), *list_options()]
 
 
 def _passes(passes: object) -> tuple[str, ...]:
@@ -123,15 +130,22 @@ def _passes(passes: object) -> tuple[str, ...]:
         raise ValueError(f"passes={passes!r} must be a list of names, such as ['dmoe']")
     names = tuple(passes)
     for name in names:
-        if not isinstance(name, str) or name not in POLICIES:
-            raise ValueError(f"passes={list(names)!r}: there is no pass {name!r}; {_nearest(str(name), POLICIES)}")
+        if not isinstance(name, str) or name not in policy_names():
+            raise ValueError(
+                f"passes={list(names)!r}: there is no pass {name!r}; {_nearest(str(name), policy_names())}"
+            )
         if names.count(name) > 1:
             raise ValueError(f"passes={list(names)!r} names {name!r} twice; a pass runs once")
+    if len(names) > 1:
+        both = " and ".join(map(repr, names))
+        raise ValueError(
+            f"passes={list(names)!r}: {both} each choose the coreset of a block, and there is one; take one"
+        )
     return names
 
 
 def _policy_options(policy: str, values: Mapping[str, Any]) -> Any:
-    options = POLICIES[policy].Options
+    options = find_policy(policy).Options
     known = [f.name for f in dataclasses.fields(options)]
     for name, value in values.items():
         if name not in known:

@@ -38,7 +38,7 @@ class SiteReport:
         tokens_per_block: tokens that share a coreset; None where the site was left alone.
         rewritten, reason: whether the routing was changed, and if not, why not.
         escapes: values that change with the routing and leave the layer besides its result.
-        notes: what was assumed for want of knowledge (padding, blocks).
+        notes: what was assumed for want of knowledge (padding, blocks), and what is wrong with tokens.
         unique_experts_before, unique_experts_after: experts that the given inputs used in one forward
             without and with the passes, counted; None where the site is in no graph of that run.
     """
@@ -152,7 +152,7 @@ class _Watch:
         self.config = config
         self.outcomes: list[Outcome] = []
         self.refusals: list[Refusal] = []
-        self.counts: list[int | None] = []
+        self.counts: list[Sequence[int] | None] = []  # as passes/count.py has them
         self.graphs = 0
         self.notices = backend.Notices()
 
@@ -191,7 +191,10 @@ def _compile(model: Any, **kwargs: Any) -> Any:
 
 def _verify(model: Any, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
     """Compare a coreset of all experts with no pass, both through Inductor in its default mode."""
-    everything = {name: options.all_experts() for name, options in config.selected.items()}
+    selected = config.selected
+    if not all(hasattr(options, "all_experts") for options in selected.values()):
+        return None  # a policy of somebody else's, which need not say
+    everything = {name: options.all_experts() for name, options in selected.items()}
     lossless = replace(config, policies=everything, experts=False, stats=False, mode=None)
     results, rewritten = [], counters["dmoe"]["sites_rewritten"]
     for each in (replace(lossless, passes=(), policies={}), lossless):
@@ -214,8 +217,14 @@ def _silenced() -> Iterator[None]:
         backend.log.disabled = disabled
 
 
-def _site_report(outcome: Outcome, before: int | None, after: int | None) -> SiteReport:
+def _site_report(outcome: Outcome, before: Sequence[int] | None, after: Sequence[int] | None) -> SiteReport:
     site = outcome.site
+    _, unsound, below = after or (None, 0, 0)
+    notes = list(outcome.notes)
+    if unsound:
+        notes.append(f"{unsound} tokens have router scores that are NaN or infinite: they vote for no coreset")
+    if below:
+        notes.append(f"{below} tokens keep less than the policy promises: its largest coreset is too small for them")
     numel = site.ids.meta["val"].numel() if isinstance(site.ids.meta.get("val"), torch.Tensor) else None
     return SiteReport(
         name=site.name,
@@ -232,9 +241,9 @@ def _site_report(outcome: Outcome, before: int | None, after: int | None) -> Sit
         rewritten=outcome.rewritten,
         reason=outcome.reason,
         escapes=list(site.escapes),
-        notes=list(outcome.notes),
-        unique_experts_before=before,
-        unique_experts_after=after,
+        notes=notes,
+        unique_experts_before=before[0] if before else None,
+        unique_experts_after=after[0] if after else None,
     )
 
 

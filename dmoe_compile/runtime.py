@@ -18,10 +18,14 @@ class RoutingStats:
 
     Attributes:
         sites: for each site's name, the number of distinct experts that its tokens used in each forward.
+        unsound: likewise, tokens whose router scores were NaN or infinite. They vote for no coreset.
+        below_promise: likewise, tokens for which a policy could not keep what it promises (see `cover`).
         forwards: forwards recorded; with graph breaks, calls of the graph that ran most often.
     """
 
     sites: dict[str, list[int]] = field(default_factory=dict)
+    unsound: dict[str, list[int]] = field(default_factory=dict)
+    below_promise: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def forwards(self) -> int:
@@ -40,18 +44,22 @@ class Recorder:
         self._records: deque[tuple[Sequence[str], Tensor]] = deque(maxlen=_MAX_RECORDS)
 
     def add(self, names: Sequence[str], counts: Tensor) -> None:
-        """Keep counts, [sites] int64. They are copied: under CUDA graphs the next replay writes over them."""
+        """Keep counts, [sites, 3] int64, see passes/count.py.
+
+        They are copied: under CUDA graphs the next replay writes over them.
+        """
         self._records.append((names, counts.clone()))
 
     def read(self, *, reset: bool) -> RoutingStats:
         """Return what was recorded; with `reset`, forget it."""
-        sites: dict[str, list[int]] = {}
+        stats = RoutingStats()
         for names, counts in list(self._records):
-            for name, count in zip(names, counts.tolist(), strict=True):
-                sites.setdefault(name, []).append(count)
+            for name, row in zip(names, counts.tolist(), strict=True):
+                for of_sites, count in zip((stats.sites, stats.unsound, stats.below_promise), row, strict=True):
+                    of_sites.setdefault(name, []).append(count)
         if reset:
             self._records.clear()
-        return RoutingStats(sites)
+        return stats
 
 
 recorder = Recorder()

@@ -32,11 +32,12 @@ class Settings:
     """What every coreset method shares.
 
     `block_length` is in tokens of one sequence, as is `max_block_tokens`, the longest forward that is
-    rewritten (None: every one).
+    rewritten (None: every one). `scope` is "block", or "batch" where all tokens of a forward share one coreset.
     """
 
     block_length: int = 32
     max_block_tokens: int | None = None
+    scope: str = "block"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Outcome:
     """What became of one site.
 
     `reason` says why it was left alone ("" where it was rewritten); `tokens_per_block` is what the block
-    length comes to in this forward; `notes` say what was assumed for want of knowledge.
+    length comes to in this forward; `notes` say what was assumed for want of knowledge. `below_promise` counts the
+    tokens, [] int64, for which a policy could not keep what it promises; None where it promises nothing.
     """
 
     site: Site
@@ -52,6 +54,7 @@ class Outcome:
     reason: str
     tokens_per_block: int | None = None
     notes: tuple[str, ...] = ()
+    below_promise: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -112,16 +115,15 @@ def constrain(
     limit = settings.max_block_tokens
     if limit is not None and where.seq > limit:
         return Outcome(site, False, f"{where.seq} tokens a sequence are more than max_block_tokens={limit}")
-    routing = _Routing(site.top_k, settings.block_length, rule)
-    key = (key, site.top_k, settings.block_length)
+    routing = _Routing(site.top_k, settings, rule)
+    key = (key, site.top_k, settings)
     if site.groups is None:
         args = [site.scores, *layout_arguments(graph, site, where)]
         (scores,) = tracer.insert(graph, site.select, routing.ranked, args, ("ranked", key))
     else:
         scores = _constrain_groups(graph, site, site.groups, where, routing, key, tracer)
     site.select.replace_input_with(site.scores, scores)
-    tokens = min(settings.block_length, where.seq) if isinstance(where.seq, int) else settings.block_length
-    return Outcome(site, True, "", tokens, _notes(where))
+    return Outcome(site, True, "", _tokens_per_block(where, settings), _notes(where, settings))
 
 
 def layout_arguments(graph: fx.Graph, site: Site, where: Layout) -> list[Argument]:
@@ -147,7 +149,7 @@ class _Routing:
     """The rules that are inlined at one site; `mask` is empty or one attention mask."""
 
     top_k: int
-    block_length: int
+    settings: Settings
     rule: Rule
 
     def ranked(self, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> Tensor:
@@ -179,7 +181,8 @@ class _Routing:
         return torch.where(unrestricted, scores, unroute(scores, routed, self.top_k))
 
     def _blocks(self, batch: int, seq: int, mask: tuple[Tensor, ...]) -> Blocks:
-        return Blocks(batch, seq, self.block_length, voting_tokens(seq, *mask) if mask else None)
+        voting = voting_tokens(seq, *mask) if mask else None
+        return Blocks(batch, seq, self.settings.block_length, voting, whole=self.settings.scope == "batch")
 
 
 def _constrain_groups(
@@ -260,11 +263,19 @@ def _attention_mask(
     return longest[1] if longest else None
 
 
-def _notes(where: Layout) -> tuple[str, ...]:
+def _tokens_per_block(where: Layout, settings: Settings) -> int | None:
+    """Return how many tokens share a coreset, None where that is symbolic."""
+    if settings.scope == "batch":
+        return where.batch * where.seq if isinstance(where.batch, int) and isinstance(where.seq, int) else None
+    return min(settings.block_length, where.seq) if isinstance(where.seq, int) else settings.block_length
+
+
+def _notes(where: Layout, settings: Settings) -> tuple[str, ...]:
+    blocks = settings.scope == "block"
     if where.rows is None:
-        return ("no [B, S] behind the router's tokens: blocks run over all of them as one row",)
+        return ("no [B, S] behind the router's tokens: blocks run over all of them as one row",) if blocks else ()
     if where.mask is None:
-        return ("no 2D attention_mask input: every token votes and blocks start at position 0",)
+        return (f"no 2D attention_mask input: every token votes{' and blocks start at position 0' * blocks}",)
     return ()
 
 

@@ -35,12 +35,14 @@ class Blocks:
         batch, seq: B and S; int, or SymInt while a rule is traced, which torch's stubs take for no number.
         length: tokens of a block; the last block of a row may be shorter.
         voting: [B, S] bool, or None where every token votes. A row's first block starts at its first voting token.
+        whole: whether all tokens of the forward are one block instead.
     """
 
     batch: Any
     seq: Any
     length: int
     voting: Tensor | None = None
+    whole: bool = False
 
     @property
     def even(self) -> bool:
@@ -63,6 +65,9 @@ class Blocks:
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return [B*S, E] as blocks [N, L, E], and which of their tokens vote, [N, L] bool."""
+        if self.whole:
+            voting = torch.ones(1, *x.shape[:1], dtype=torch.bool, device=x.device)
+            return x.unsqueeze(0), voting if self.voting is None else self.voting.reshape(1, -1)
         rows = x.reshape(self.batch, self.seq, x.shape[-1])
         if self.even:
             blocks = rows.reshape(self.batch * self.count, self.tokens, x.shape[-1])
@@ -78,6 +83,8 @@ class Blocks:
 
     def spread(self, x: Tensor) -> Tensor:
         """Return what [N, E] says of each block as [B*S, E]: for each token what its block has."""
+        if self.whole:
+            return x.expand(self.batch * self.seq, x.shape[-1])
         rows = x.reshape(self.batch, self.count, x.shape[-1])
         if self.even:
             tokens = rows.unsqueeze(2).expand(self.batch, self.count, self.tokens, x.shape[-1])
@@ -95,9 +102,21 @@ class Blocks:
 
 
 def choose(scores: Tensor, blocks: Blocks, top_k: int, rule: Rule) -> Tensor:
-    """Apply a coreset method to selection scores [B*S, E]; return the experts each token may use, [B*S, E] bool."""
+    """Apply a coreset method to selection scores [B*S, E]; return the experts each token may use, [B*S, E] bool.
+
+    A token with NaN or infinite scores does not vote: it would decide for all of its block.
+    """
     split, voting = blocks.split(scores.float())
-    return blocks.spread(rule(split, split.topk(top_k, dim=-1).indices, voting))
+    picked, ids = split.topk(top_k, dim=-1)
+    return blocks.spread(rule(split, ids, voting & are_sound(picked)))
+
+
+def are_sound(picked: Tensor) -> Tensor:
+    """Say which tokens have scores that can be counted, [...] bool, from each one's best k, [..., k].
+
+    NaN and plus infinity rank first, so they are among the best; minus infinity only where fewer than k are finite.
+    """
+    return picked.isfinite().all(-1)
 
 
 def restrict(scores: Tensor, inside: Tensor) -> Tensor:

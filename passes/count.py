@@ -1,6 +1,9 @@
-"""Count the unique experts that each site's routed tokens use in one forward: what decides the bytes read.
+"""Count what each site's routed tokens do in one forward: the unique experts they use, which decide the bytes read.
 
-    ids: [T, k]   ->   unique: [] int64 = dmoe.count_experts(ids), appended to the outputs as one tensor [sites]
+    ids: [T, k]   ->   unique: [] int64 = dmoe.count_experts(ids)
+    scores: [T, E]   ->   unsound: [] int64, tokens whose scores are NaN or infinite, which do not vote
+
+Both, and what a policy counts itself, are appended to the outputs as one tensor [sites, COLUMNS].
 Left alone: joint graphs, whose outputs are the caller's gradients.
 """
 
@@ -11,39 +14,56 @@ from collections.abc import Sequence
 import torch
 from dmoe_compile.kernels.count_experts import count_experts  # also registers dmoe::count_experts
 from dmoe_compile.passes.constrain import Layout, Tracer, layout_arguments, voting_tokens
+from dmoe_compile.passes.coreset import are_sound
 from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 
+COLUMNS = ("unique", "unsound", "below_promise")
 
-def count_unique(graph: fx.Graph, sites: Sequence[tuple[Site, Layout]], tracer: Tracer) -> int:
-    """Append the unique experts of every site, [sites] int64, to the outputs; return how many outputs were added."""
+
+def count_tokens(graph: fx.Graph, sites: Sequence[tuple[Site, Layout, fx.Node | None]], tracer: Tracer) -> int:
+    """Append the counts of every site, [sites, COLUMNS] int64, to the outputs; return how many outputs were added.
+
+    Args:
+        graph: the graph, rewritten or not.
+        sites: each site, where its tokens lie, and its tokens below a promise, [] int64, if it has made one.
+        tracer: of this graph.
+    """
     if not sites:
         return 0
     output = graph.output_node()
-    counts: list[fx.Node] = []
-    for site, where in sites:
-        args = [site.ids, *layout_arguments(graph, site, where)]
-        counts += tracer.insert(
-            graph, output, _Unique(site.num_experts, site.top_k), args, ("unique", site.num_experts)
-        )
-    (stacked,) = tracer.insert(graph, output, _stack, counts, "stack")
+    rows: list[fx.Node] = []
+    for site, where, below in sites:
+        args = [site.ids, site.scores, *layout_arguments(graph, site, where)]
+        key = ("counts", site.num_experts)
+        unique, unsound = tracer.insert(graph, output, _Counts(site.num_experts, site.top_k), args, key)
+        given = [unique, unsound] if below is None else [unique, unsound, below]
+        rows += tracer.insert(graph, output, _row, given, ("row", len(given)))
+    (stacked,) = tracer.insert(graph, output, _stack, rows, "stack")
     (outputs,) = output.args
     assert isinstance(outputs, list | tuple), "Dynamo's graphs return a tuple"
     output.args = ((*outputs, stacked),)
     return 1
 
 
-class _Unique:
+class _Counts:
     """The rule of one site; an object, so that its numbers are no arguments that would be traced."""
 
     def __init__(self, num_experts: int, top_k: int) -> None:
         self.num_experts = num_experts
         self.top_k = top_k
 
-    def __call__(self, ids: Tensor, batch: int, seq: int, *mask: Tensor) -> Tensor:
+    def __call__(self, ids: Tensor, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> tuple[Tensor, Tensor]:
         routed = voting_tokens(seq, *mask).reshape(-1) if mask else None
-        return count_experts(ids.reshape(-1, self.top_k), routed, self.num_experts)
+        picked = scores.reshape(-1, self.num_experts).float().topk(self.top_k, dim=-1).values
+        unsound = ~are_sound(picked)
+        unsound = unsound if routed is None else unsound & routed
+        return count_experts(ids.reshape(-1, self.top_k), routed, self.num_experts), unsound.sum()
 
 
-def _stack(*counts: Tensor) -> Tensor:
-    return torch.stack(counts)
+def _row(unique: Tensor, unsound: Tensor, *below: Tensor) -> Tensor:
+    return torch.stack([unique, unsound, *(below or [torch.zeros_like(unique)])])
+
+
+def _stack(*rows: Tensor) -> Tensor:
+    return torch.stack(rows)

@@ -3,8 +3,7 @@
 A token votes for its own top-k with their selection scores. Votes are summed over the block and
 normalised to 1; the coreset is the shortest prefix of experts, most votes first, whose share exceeds
 `top_p`, at least `min_experts` of them and never fewer than k.
-Source: dMoE (arXiv 2605.30876). Where a selected score is negative, a vote is taken relative to the
-token's smallest selected score: a negative vote would push an expert behind those nobody asked for.
+Source: dMoE (arXiv 2605.30876).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from dmoe_compile.passes.votes import count_votes
 from torch import Tensor
 
 
@@ -65,11 +65,3 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options) -> Te
     else:
         kept = kept | (rank >= 0)
     return torch.zeros_like(share, dtype=torch.bool).scatter(-1, order, kept.expand_as(share))
-
-
-def count_votes(scores: Tensor, ids: Tensor, voting: Tensor) -> Tensor:
-    """Return [N, E] fp32: the sum, over a block's voting tokens, of the scores of each one's top-k."""
-    picked = scores.gather(-1, ids)
-    picked = picked - picked.amin(-1, keepdim=True).clamp(max=0)
-    picked = torch.where(voting.unsqueeze(-1), picked, 0)
-    return torch.zeros_like(scores).scatter(-1, ids, picked).sum(1)

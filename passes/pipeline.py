@@ -6,21 +6,17 @@ import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from types import ModuleType
 from typing import Any
 
-from dmoe_compile.passes import dmoe
 from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, constrain, find_layouts
-from dmoe_compile.passes.count import count_unique
+from dmoe_compile.passes.count import count_tokens
 from dmoe_compile.passes.inline import Decompositions
+from dmoe_compile.passes.policies import find_policy
 from dmoe_compile.passes.sites import Refusal, Site, Sources, find_sites
 from torch import fx
 from torch._dynamo.utils import counters
 
 log = logging.getLogger(__name__)
-
-POLICIES: Mapping[str, ModuleType] = {"dmoe": dmoe}
-"""Coreset methods by name: modules with `Options` and `coreset(scores, ids, voting, options)`."""
 
 
 @dataclass
@@ -58,7 +54,7 @@ def run(
         sources: what is known of its inputs.
         passes: options by the name of the pass, in the order to run.
         settings: what every coreset method shares.
-        stats: append the unique experts of every site to the outputs (never in a joint graph).
+        stats: append the counts of every site (passes/count.py) to the outputs (never in a joint graph).
         decompositions: the table that the graph was made with; what is inlined must match.
         joint: the graph holds gradients too.
 
@@ -75,7 +71,8 @@ def run(
         _restore(graph, sites, before)
         raise
     if stats and not joint:
-        findings.num_outputs = count_unique(graph, list(zip(sites, findings.layouts, strict=True)), tracer)
+        below = [outcome.below_promise for outcome in findings.outcomes]
+        findings.num_outputs = count_tokens(graph, list(zip(sites, findings.layouts, below, strict=True)), tracer)
     if findings.rewritten or findings.num_outputs:
         graph.lint()
     _count(findings)
@@ -115,7 +112,7 @@ def _route(
 ) -> Outcome:
     """Run the selected coreset method on one site."""
     for name, options in passes.items():
-        rule = functools.partial(POLICIES[name].coreset, options=options)
+        rule = functools.partial(find_policy(name).coreset, options=options)
         return constrain(graph, site, where, rule, (name, options), settings, tracer)
     return Outcome(site, False, "no pass is selected")
 

@@ -674,10 +674,11 @@ def test_uuid_says_all_that_the_joint_graph_depends_on(monkeypatch):
         uuid({**DMOE, "dmoe.min_experts": 4}),
         uuid({**DMOE, "block_length": 9}),
         uuid({**DMOE, "max_block_tokens": 64}),
+        uuid({**DMOE, "scope": "batch"}),
         uuid(path="L['y']"),
         uuid(path="L['self']._parameters['x']"),
     ]
-    monkeypatch.setattr(backend, "_source_hash", lambda: "other sources")
+    monkeypatch.setattr(backend, "_source_hash", lambda _: "other sources")
     others.append(uuid())
     assert len({one, *others}) == 1 + len(others)
 

@@ -32,9 +32,10 @@ INDUCTOR = st.fixed_dictionaries(
 )
 CONFIGS = st.builds(
     Config,
-    passes=st.sampled_from([(), ("dmoe",)]),
+    passes=st.sampled_from([(), ("dmoe",), ("des",)]),
     block_length=st.integers(1, 2**20),
     max_block_tokens=st.none() | st.integers(1, 2**20),
+    scope=st.sampled_from(["block", "batch"]),
     experts=st.sampled_from(["auto", False]),
     stats=st.booleans(),
     mode=st.none() | st.sampled_from(MODES),
@@ -94,6 +95,7 @@ WRONG = {
     "top_p bool": ({"dmoe.top_p": True}, "dmoe.top_p=True", "number"),
     "min_experts zero": ({"dmoe.min_experts": 0}, "dmoe.min_experts=0", "at least 1"),
     "min_experts float": ({"dmoe.min_experts": 2.0}, "dmoe.min_experts=2.0", "int"),
+    "scope": ({"scope": "sequence"}, "scope='sequence'", "block, batch"),
     "block_length zero": ({"block_length": 0}, "block_length=0", "at least 1"),
     "block_length bool": ({"block_length": True}, "block_length=True", "integer"),
     "block_length text": ({"block_length": "32"}, "block_length='32'", "integer"),

@@ -402,3 +402,39 @@ def test_ties_in_choosing_a_coreset_go_to_the_lower_index_compiled_or_not() -> N
     compiled = torch.compile(model, backend="dmoe", options={"passes": ["dmoe"], **options}, fullgraph=True)
     assert torch.equal(compiled(hidden)[1], ids)
     assert torch.equal(ids.view(4, 4), expected)
+
+
+# Scope.
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("gate", GROUPS)
+@pytest.mark.parametrize(("batch", "seq"), [(1, 4), (3, 4), (5, 11)])
+def test_a_batch_that_shares_a_coreset_reads_no_more_experts_than_that(
+    gate: str, mask: bool, batch: int, seq: int
+) -> None:
+    torch.manual_seed(1)
+    block = MoeBlock(Gate(E, H, K, GROUPS[gate]))
+    padding = torch.ones(batch, seq, dtype=torch.int64)
+    padding[:, 0] = 0
+    args = (torch.randn(batch, seq, H), padding) if mask else (torch.randn(batch, seq, H),)
+    options = {"passes": ["des"], "des.variant": "vote", "des.coreset_size": 5, "block_length": L}
+    used = {}
+    for scope in ("block", "batch"):
+        torch._dynamo.reset()
+        out = torch.compile(block, backend=Rewriting(**options, scope=scope), fullgraph=True)(*args)
+        used[scope] = out["ids"].unique().numel()
+    assert used["batch"] <= 5
+    if batch > 1:
+        assert used["block"] > 5
+
+
+def test_a_batch_of_any_size_is_one_block() -> None:
+    block = MoeBlock(Gate(E, H, K))
+    rewriting = Rewriting(passes=["des"], scope="batch", **{"des.variant": "vote", "des.coreset_size": 4})
+    compiled = torch.compile(block, backend=rewriting, fullgraph=True, dynamic=True)
+    for batch, seq in ((2, 9), (3, 14)):
+        assert compiled(torch.randn(batch, seq, H))["ids"].unique().numel() <= 4
+    (outcome,) = rewriting.outcomes
+    assert outcome.tokens_per_block is None
+    assert outcome.notes == ("no 2D attention_mask input: every token votes",)

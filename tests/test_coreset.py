@@ -105,6 +105,17 @@ def test_blocks_never_cross_rows() -> None:
     assert not torch.equal(*alone)
 
 
+def test_a_whole_forward_is_one_block(layout: Blocks) -> None:
+    """scope="batch": whatever the rows and blocks, all tokens share what one row of all voting tokens would have."""
+    scores = torch.rand(layout.batch * layout.seq, E)
+    whole = Blocks(layout.batch, layout.seq, layout.length, layout.voting, whole=True)
+    voting = torch.ones(len(scores), dtype=torch.bool) if layout.voting is None else layout.voting.view(-1)
+    row = scores[voting]
+    (expected,) = _inside(row, Blocks(1, len(row), len(row))).unique(dim=0)
+    inside = _inside(scores, whole)
+    assert torch.equal(inside, expected.expand_as(inside))
+
+
 # Who votes.
 
 

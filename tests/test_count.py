@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from dmoe_compile.passes.constrain import Tracer
-from dmoe_compile.passes.count import count_unique
+from dmoe_compile.passes.count import count_tokens
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -92,6 +92,17 @@ def test_padding_is_not_counted(layers: _Layers) -> None:
 
 
 @torch.no_grad()
+def test_tokens_whose_scores_are_no_numbers_are_counted(layers: _Layers) -> None:
+    hidden, mask = torch.randn(2, 10, H), _mask(2, 10, 3)
+    hidden[0, 4, 2] = hidden[1, 7, 0] = hidden[1, 9] = torch.nan
+    hidden[1, 1] = torch.nan  # padding
+    rewriting = Rewriting(**OPTIONS)
+    torch.compile(layers, backend=rewriting, fullgraph=True)(hidden, mask)
+    assert rewriting.unsound is not None
+    assert rewriting.unsound.tolist() == [3, 3]
+
+
+@torch.no_grad()
 def test_one_graph_counts_every_length(layers: _Layers) -> None:
     rewriting = Rewriting(**OPTIONS)
     compiled = torch.compile(layers, backend=rewriting, fullgraph=True, dynamic=True)
@@ -136,5 +147,5 @@ def test_a_graph_without_sites_is_left_alone() -> None:
     with FakeTensorMode() as mode:
         graph = make_fx(torch.sin)(mode.from_tensor(torch.randn(3))).graph
     before = str(graph)
-    assert count_unique(graph, [], Tracer()) == 0
+    assert count_tokens(graph, [], Tracer()) == 0
     assert str(graph) == before

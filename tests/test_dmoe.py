@@ -15,7 +15,8 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
-from dmoe_compile.passes.dmoe import Options, coreset, count_votes
+from dmoe_compile.passes.dmoe import Options, coreset
+from dmoe_compile.passes.votes import count_votes
 from hypothesis import assume, given
 from safetensors.torch import load_file
 from torch import Tensor

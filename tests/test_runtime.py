@@ -103,7 +103,7 @@ def test_a_graph_without_sites_records_nothing():
 
 def test_reset_forgets_and_reading_does_not():
     recorder = Recorder()
-    recorder.add(["a"], torch.tensor([3]))
+    recorder.add(["a"], torch.tensor([[3, 0, 0]]))
     assert recorder.read(reset=False).sites == {"a": [3]}
     assert recorder.read(reset=True).sites == {"a": [3]}
     assert recorder.read(reset=False) == RoutingStats({})
@@ -111,16 +111,25 @@ def test_reset_forgets_and_reading_does_not():
 
 
 def test_counts_are_copied_because_a_cuda_graph_writes_over_them():
-    recorder, counts = Recorder(), torch.tensor([3])
+    recorder, counts = Recorder(), torch.tensor([[3, 0, 0]])
     recorder.add(["a"], counts)
-    counts.fill_(5)  # what the next replay does to the output of this one
+    counts[0, 0] = 5  # what the next replay does to the output of this one
     recorder.add(["a"], counts)
     assert recorder.read(reset=False).sites == {"a": [3, 5]}
+
+
+def test_each_count_by_its_name():
+    recorder = Recorder()
+    recorder.add(["a", "b"], torch.tensor([[3, 1, 0], [4, 0, 2]]))
+    stats = recorder.read(reset=False)
+    assert stats.sites == {"a": [3], "b": [4]}
+    assert stats.unsound == {"a": [1], "b": [0]}
+    assert stats.below_promise == {"a": [0], "b": [2]}
 
 
 def test_memory_is_bounded_and_the_oldest_go_first(monkeypatch):
     monkeypatch.setattr(runtime, "_MAX_RECORDS", 2)
     recorder = Recorder()
     for count in (1, 2, 3):
-        recorder.add(["a"], torch.tensor([count]))
+        recorder.add(["a"], torch.tensor([[count, 0, 0]]))
     assert recorder.read(reset=False).sites == {"a": [2, 3]}

@@ -1,0 +1,76 @@
+"""DES: the tokens of a block share a coreset of experts, with no training for it. Two ways to choose it:
+
+    seq    (intra-sequence sharing)   the union of every token's best `keep` experts
+    vote   (saliency-aware voting)    the `coreset_size` experts with most votes, which are counted as dMoE does
+
+Either has at least k experts: a smaller union is topped up by votes. `vote` has the size that was asked for, so that
+bytes and shapes are the same in every forward.
+Source: DES (arXiv 2602.00879). No code was released; the rules are reconstructed from the paper and from the figures
+that the dMoE paper (arXiv 2605.30876) reports for its own re-implementation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from dmoe_compile.passes.votes import best, count_votes
+from torch import Tensor
+
+Variant = Literal["seq", "vote"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the `des` pass.
+
+    Attributes:
+        variant: "seq" or "vote".
+        keep: experts of each token that "seq" keeps; None means half of the model's k, rounded up.
+        coreset_size: experts of a block that "vote" keeps, at least k of them; None means 4k + 4.
+    """
+
+    variant: Variant = "seq"
+    keep: int | None = None
+    coreset_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"des.variant={self.variant!r} must be one of: {', '.join(get_args(Variant))}")
+        for name, what in (
+            ("keep", "experts of each token; half of the model's k is usual"),
+            ("coreset_size", "experts of a block; 4k + 4 is usual"),
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"des.{name}={value!r} must be an integer of at least 1, or None: {what}")
+
+    def all_experts(self) -> Options:
+        """Return the options under which the rule runs in full and changes nothing."""
+        return replace(self, keep=2**31, coreset_size=2**31)
+
+
+def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options) -> Tensor:
+    """Return which experts each block may use, [N, E] bool.
+
+    Args:
+        scores: [N, L, E] fp32, selection scores of N blocks of L tokens.
+        ids: [N, L, k] int64, every token's own top-k, best first.
+        voting: [N, L] bool, the tokens that vote: not padding, not served from a cache.
+        options: see Options.
+    """
+    num_experts, top_k = scores.shape[-1], ids.shape[-1]
+    votes = count_votes(scores, ids, voting)
+    if options.variant == "vote":
+        size = 4 * top_k + 4 if options.coreset_size is None else options.coreset_size
+        return best(votes, min(max(size, top_k), num_experts))
+    keep = (top_k + 1) // 2 if options.keep is None else min(options.keep, num_experts)
+    kept = ids[..., :keep] if keep <= top_k else scores.topk(keep, dim=-1).indices
+    union = torch.zeros_like(scores).scatter(-1, kept, voting.unsqueeze(-1).expand_as(kept).to(scores.dtype)).amax(1)
+    # A stable sort by votes and then by membership: the union's experts first, then the rest by votes.
+    order = votes.sort(dim=-1, descending=True, stable=True).indices
+    inside_first = union.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(num_experts, device=scores.device)
+    inside = (inside_first.values > 0) | (rank < top_k)
+    return torch.zeros_like(union, dtype=torch.bool).scatter(-1, order.gather(-1, inside_first.indices), inside)
