@@ -65,6 +65,7 @@ class Groups:
 class Site:
     """One routed layer; the legend of this module has the shapes.
 
+    `weights` are the routing weights as they reach the experts or their sum, None where that can't be read.
     `escapes` says what leaves the site besides the combine and changes with the routing (returned ids, weights).
     Two sites share a `select` where one router drives two banks of experts.
     """
@@ -85,6 +86,7 @@ class Site:
     expert_weights: tuple[fx.Node, ...]
     form: str
     combine: fx.Node
+    weights: fx.Node | None
     escapes: tuple[str, ...]
 
     @property
@@ -416,6 +418,7 @@ class _Finder:
             expert_weights=tuple(bank.weights),
             form=_form(bank),
             combine=combine,
+            weights=self._weights(sel, region, bank),
             escapes=tuple(
                 [f"{_describe(n)} is returned" for n in returned]
                 + [f"{_describe(n)} reads the routing" for n in region.readers]
@@ -434,6 +437,22 @@ class _Finder:
                 return node
             uses = [self.position[user] for user in node.users if user in self.live and user.op != "output"]
             open_until = max([open_until, *uses])
+        return None
+
+    @staticmethod
+    def _weights(sel: _Selection, region: _Region, bank: _Bank) -> fx.Node | None:
+        """Walk back from where experts and routing meet to the last weights that lie as [T, k] or [B, S, k]."""
+        pairs = prod((shape(sel.scores) or ())[:-1]) * sel.top_k
+        starts = [a for node in [*bank.joins, *bank.experts] for a in node.all_input_nodes]
+        for node in starts:
+            while node in region.routing and _is_float(node):
+                dims = shape(node) or (0,)
+                if _same(dims[-1], sel.top_k) and _same(prod(dims), pairs):
+                    return node
+                sources = [a for a in node.all_input_nodes if a in region.routing and _is_float(a)]
+                if len(sources) != 1 or packet(node) not in _VIEWS | _GATHERS:
+                    break
+                (node,) = sources
         return None
 
     def _router(self, sel: _Selection) -> _Router:

@@ -43,6 +43,7 @@ def check_facts(sites: list[Site], expected: zoo.Expected, experts: str) -> None
         assert site.form == experts
         assert len(site.expert_weights) == 2  # gate and up in one, down
         assert site.escapes == ()
+        assert site.weights is not None
 
 
 @pytest.mark.parametrize("experts", zoo.EXPERTS)
@@ -60,10 +61,26 @@ def test_combine_is_what_the_experts_return(name: str, experts: zoo.Experts) -> 
         assert_close(value.reshape(output.shape), output, rtol=1e-4, atol=1e-5)  # fp32 sums in another order
 
 
+@pytest.mark.parametrize("experts", zoo.EXPERTS)
+@pytest.mark.parametrize("name", zoo.ROUTABLE)
+def test_weights_are_what_the_experts_are_given(name: str, experts: zoo.Experts) -> None:
+    model, inputs, given = zoo.build(name, experts), zoo.inputs(name), []
+    for path in zoo.expected(name).experts:
+        module = model.get_submodule(path)
+        module.register_forward_pre_hook(lambda _module, args: given.append(args[2]))
+    with torch.no_grad():
+        model(**inputs)
+    values = run_to(model, inputs, lambda site: site.weights)
+    assert len(values) == len(given) > 0
+    for value, weights in zip(values, given, strict=True):
+        assert_close(value.reshape(weights.shape).to(weights.dtype), weights)
+
+
 def run_to(model: nn.Module, inputs: dict[str, Any], node_of: Any) -> list[Tensor]:
     """Return what a node of every site holds when the graph runs on `inputs`."""
     for module in model.modules():
         module._forward_hooks.clear()  # Dynamo would trace them
+        module._forward_pre_hooks.clear()
     kept: list[Tensor] = []
 
     def backend(gm: fx.GraphModule, example_inputs: Any) -> Any:

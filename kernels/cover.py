@@ -1,0 +1,93 @@
+"""Choose, greedily, the fewest experts with which every token of a block keeps its share of routing weight.
+
+A token t is served by a coreset C as far as its own top-k lies in it: min(sum of its weights in C, need[t]), where
+need[t] is `mass` times the sum of all its k weights. What a block is served, f(C), is monotone and submodular. Each
+step takes the expert that raises f most, ties to the lower index, until every token has what it needs.
+
+Guarantee (Wolsey 1982, Combinatorica 2:385, the greedy rule for submodular covering): if the smallest coreset that
+serves all has OPT experts and greedy takes g, then g <= 1 + OPT * ln(f(all) / rest), where `rest` is what was still
+missing before the last step: each step serves at least 1/OPT of what is missing.
+
+N: blocks; L: tokens of a block; E, k: experts, experts a token
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_SERVED = 1e-6  # of a token's need: a rest this small is the rounding of fp32 sums
+
+
+def launch(
+    ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int
+) -> tuple[Tensor, Tensor]:
+    """Return the coreset of each block, [N, E] bool, and its tokens with less than they need, [N] int64.
+
+    The trip count is fixed, max_experts, so that nothing waits for the host on a GPU; on a CPU the loop ends once
+    every token has what it needs, with the same result.
+
+    Args:
+        ids: [N, L, k] int64, every token's own top-k, distinct.
+        weights: [N, L, k] fp32, not negative, the routing weight of each.
+        voting: [N, L] bool, the tokens that count.
+        num_experts: E.
+        mass: share of its routing weight that a token needs, in (0, 1].
+        max_experts: largest coreset.
+    """
+    if weights.shape != ids.shape or voting.shape != ids.shape[:2]:
+        got = f"ids {list(ids.shape)}, weights {list(weights.shape)} and voting {list(voting.shape)}"
+        raise ValueError(f"cover needs ids and weights [N, L, k] and voting [N, L], got {got}")
+    blocks, tokens, _ = ids.shape
+    given = torch.where(voting.unsqueeze(-1), weights.float(), 0)
+    left = torch.zeros(blocks, tokens, num_experts, device=ids.device).scatter(-1, ids, given)  # of experts not chosen
+    need = mass * given.sum(-1, keepdim=True)
+    least = _SERVED * need
+    inside = torch.zeros(blocks, num_experts, dtype=torch.bool, device=ids.device)
+    for _ in range(min(max_experts, num_experts)):
+        gain, best = torch.minimum(left, need).sum(1).max(-1, keepdim=True)
+        if ids.device.type == "cpu" and not (gain > 0).any():
+            break
+        inside |= torch.zeros_like(inside).scatter(-1, best, gain > 0)
+        column = best.unsqueeze(1).expand(blocks, tokens, 1)
+        need = need - left.gather(-1, column)
+        need = torch.where(need > least, need, 0)
+        left = left.scatter(-1, column, 0)
+    return inside, (need > 0).sum((1, 2))
+
+
+def reference(
+    ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int
+) -> tuple[Tensor, Tensor]:
+    """What launch computes, token by token in Python."""
+    inside = torch.zeros(len(ids), num_experts, dtype=torch.bool)
+    below = torch.zeros(len(ids), dtype=torch.int64)
+    for n, (block, given, votes) in enumerate(zip(ids.tolist(), weights.tolist(), voting.tolist(), strict=True)):
+        tokens = [dict(zip(*token, strict=True)) for *token, here in zip(block, given, votes, strict=True) if here]
+        total = [mass * sum(token.values()) for token in tokens]
+        need = list(total)
+        for _ in range(min(max_experts, num_experts)):
+            gains = [
+                sum(min(token.get(e, 0.0), rest) for token, rest in zip(tokens, need, strict=True))
+                if not inside[n, e]
+                else 0.0
+                for e in range(num_experts)
+            ]
+            best = max(range(num_experts), key=lambda e: (gains[e], -e))
+            if gains[best] <= 0:
+                break
+            inside[n, best] = True
+            need = [rest - token.get(best, 0.0) for token, rest in zip(tokens, need, strict=True)]
+            need = [rest if rest > _SERVED * whole else 0.0 for rest, whole in zip(need, total, strict=True)]
+        below[n] = sum(rest > 0 for rest in need)
+    return inside.to(ids.device), below.to(ids.device)
+
+
+def _fake(
+    ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int
+) -> tuple[Tensor, Tensor]:
+    return ids.new_empty((ids.shape[0], num_experts), dtype=torch.bool), ids.new_empty((ids.shape[0],))
+
+
+cover = torch.library.custom_op("dmoe::cover", launch, mutates_args=())
+cover.register_fake(_fake)
