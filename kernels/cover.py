@@ -2,7 +2,8 @@
 
 A token t is served by a coreset C as far as its own top-k lies in it: min(sum of its weights in C, need[t]), where
 need[t] is `mass` times the sum of all its k weights. What a block is served, f(C), is monotone and submodular. Each
-step takes the expert that raises f most, ties to the lower index, until every token has what it needs.
+step takes the expert that raises f most, until every token has what it needs; of equals the one with more weight in
+all, then the lower index.
 
 Guarantee (Wolsey 1982, Combinatorica 2:385, the greedy rule for submodular covering): if the smallest coreset that
 serves all has OPT experts and greedy takes g, then g <= 1 + OPT * ln(f(all) / rest), where `rest` is what was still
@@ -41,11 +42,14 @@ def launch(
     blocks, tokens, _ = ids.shape
     given = torch.where(voting.unsqueeze(-1), weights.float(), 0)
     left = torch.zeros(blocks, tokens, num_experts, device=ids.device).scatter(-1, ids, given)  # of experts not chosen
+    popular = left.sum(1)
     need = mass * given.sum(-1, keepdim=True)
     least = _SERVED * need
     inside = torch.zeros(blocks, num_experts, dtype=torch.bool, device=ids.device)
     for _ in range(min(max_experts, num_experts)):
-        gain, best = torch.minimum(left, need).sum(1).max(-1, keepdim=True)
+        gains = torch.minimum(left, need).sum(1)
+        gain = gains.amax(-1, keepdim=True)
+        best = torch.where(gains == gain, popular, -1).argmax(-1, keepdim=True)
         if ids.device.type == "cpu" and not (gain > 0).any():
             break
         inside |= torch.zeros_like(inside).scatter(-1, best, gain > 0)
@@ -66,6 +70,7 @@ def reference(
         tokens = [dict(zip(*token, strict=True)) for *token, here in zip(block, given, votes, strict=True) if here]
         total = [mass * sum(token.values()) for token in tokens]
         need = list(total)
+        popular = [sum(token.get(e, 0.0) for token in tokens) for e in range(num_experts)]
         for _ in range(min(max_experts, num_experts)):
             gains = [
                 sum(min(token.get(e, 0.0), rest) for token, rest in zip(tokens, need, strict=True))
@@ -73,7 +78,7 @@ def reference(
                 else 0.0
                 for e in range(num_experts)
             ]
-            best = max(range(num_experts), key=lambda e: (gains[e], -e))
+            best = max(range(num_experts), key=lambda e: (gains[e], popular[e], -e))
             if gains[best] <= 0:
                 break
             inside[n, best] = True

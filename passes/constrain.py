@@ -16,7 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from dmoe_compile.passes.coreset import Blocks, Rule, choose, penalise, restrict, restrict_groups, unroute
+from dmoe_compile.passes.coreset import (
+    Blocks,
+    Rule,
+    choose,
+    count_below,
+    penalise,
+    restrict,
+    restrict_groups,
+    unroute,
+)
 from dmoe_compile.passes.inline import Argument, Decompositions, inline, size_argument, trace
 from dmoe_compile.passes.sites import Groups, Site, Sources, shape
 from torch import Tensor, fx
@@ -38,6 +47,21 @@ class Settings:
     block_length: int = 32
     max_block_tokens: int | None = None
     scope: str = "block"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A coreset method with its options.
+
+    `rule` chooses; `needs_weights` says whether it wants what the model itself would choose and how that is weighed;
+    `promise` is the share of its routing weight that every token is to keep, None where nothing is promised; `key`
+    tells the method from others.
+    """
+
+    rule: Rule
+    key: object
+    needs_weights: bool = False
+    promise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,21 +133,25 @@ def find_layouts(graph: fx.Graph, sites: Sequence[Site], sources: Sources) -> li
 
 
 def constrain(
-    graph: fx.Graph, site: Site, where: Layout, rule: Rule, key: object, settings: Settings, tracer: Tracer
+    graph: fx.Graph, site: Site, where: Layout, method: Method, settings: Settings, tracer: Tracer
 ) -> Outcome:
-    """Restrict a site's selection to the coresets that `rule` chooses; `key` names the rule and its options."""
+    """Restrict a site's selection to the coresets that a method chooses."""
     limit = settings.max_block_tokens
     if limit is not None and where.seq > limit:
         return Outcome(site, False, f"{where.seq} tokens a sequence are more than max_block_tokens={limit}")
-    routing = _Routing(site.top_k, settings, rule)
-    key = (key, site.top_k, settings)
+    if method.needs_weights and site.weights is None:
+        return Outcome(site, False, "the weights that its router gives the chosen experts can't be read")
+    own = _own_choice(graph, site) if method.needs_weights else []
+    routing = _Routing(site.top_k, settings, method)
+    layout = layout_arguments(graph, site, where)
+    key = (method.key, site.top_k, settings)
     if site.groups is None:
-        args = [site.scores, *layout_arguments(graph, site, where)]
-        (scores,) = tracer.insert(graph, site.select, routing.ranked, args, ("ranked", key))
+        results = tracer.insert(graph, site.select, routing.ranked, [site.scores, *own, *layout], ("ranked", key))
     else:
-        scores = _constrain_groups(graph, site, site.groups, where, routing, key, tracer)
-    site.select.replace_input_with(site.scores, scores)
-    return Outcome(site, True, "", _tokens_per_block(where, settings), _notes(where, settings))
+        results = _constrain_groups(graph, site, site.groups, own, layout, routing, key, tracer)
+    site.select.replace_input_with(site.scores, results[0])
+    below = results[1] if method.promise is not None else None
+    return Outcome(site, True, "", _tokens_per_block(where, settings), _notes(where, settings), below)
 
 
 def layout_arguments(graph: fx.Graph, site: Site, where: Layout) -> list[Argument]:
@@ -146,30 +174,37 @@ def voting_tokens(seq: int, mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Routing:
-    """The rules that are inlined at one site; `mask` is empty or one attention mask."""
+    """The rules that are inlined at one site.
+
+    Their arguments end in `own`, the ids and weights [T, k] of the model's own choice where the method needs them,
+    and `layout`: B, S, and an attention mask if there is one.
+    """
 
     top_k: int
     settings: Settings
-    rule: Rule
+    method: Method
 
-    def ranked(self, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> Tensor:
+    def ranked(self, scores: Tensor, *own_and_layout: Any) -> tuple[Tensor, ...]:
         """Return what the selection of a router without groups ranks: scores [T, E] or [B, S, E], restricted."""
-        rows = scores.reshape(batch * seq, scores.shape[-1])
-        blocks = self._blocks(batch, seq, mask)
-        inside = choose(rows, blocks, self.top_k, self.rule)
-        return self._unrouted(restrict(rows, inside), inside, blocks).reshape(scores.shape)
+        own, blocks = self._read(own_and_layout)
+        rows = scores.reshape(-1, scores.shape[-1])
+        inside = choose(rows, blocks, self.top_k, self.method.rule, own)
+        ranked = self._unrouted(restrict(rows, inside), inside, blocks).reshape(scores.shape)
+        return (ranked, *self._below(inside, own, blocks))
 
-    def penalised(self, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> tuple[Tensor, Tensor]:
+    def penalised(self, scores: Tensor, *own_and_layout: Any) -> tuple[Tensor, ...]:
         """Return what a group-limited router ranks groups by, and which experts are inside the coresets."""
-        rows = scores.reshape(batch * seq, scores.shape[-1])
-        inside = choose(rows, self._blocks(batch, seq, mask), self.top_k, self.rule)
-        return penalise(rows, inside).reshape(scores.shape), inside.reshape(scores.shape)
+        own, blocks = self._read(own_and_layout)
+        rows = scores.reshape(-1, scores.shape[-1])
+        inside = choose(rows, blocks, self.top_k, self.method.rule, own)
+        lowered = penalise(rows, inside).reshape(scores.shape)
+        return (lowered, inside.reshape(scores.shape), *self._below(inside, own, blocks))
 
-    def grouped(self, masked: Tensor, penalised: Tensor, inside: Tensor, batch: int, seq: int, *mask: Tensor) -> Tensor:
+    def grouped(self, masked: Tensor, penalised: Tensor, inside: Tensor, *layout: Any) -> Tensor:
         """Return what its selection ranks, from what its group mask made of the penalised scores."""
+        blocks = self._blocks(layout)
         limited = restrict_groups(masked, penalised, inside, self.top_k)
-        rows = (batch * seq, masked.shape[-1])
-        blocks = self._blocks(batch, seq, mask)
+        rows = (-1, masked.shape[-1])
         return self._unrouted(limited.reshape(rows), inside.reshape(rows), blocks).reshape(masked.shape)
 
     def _unrouted(self, scores: Tensor, inside: Tensor, blocks: Blocks) -> Tensor:
@@ -180,25 +215,66 @@ class _Routing:
         unrestricted = (inside | ~routed.unsqueeze(-1)).all()
         return torch.where(unrestricted, scores, unroute(scores, routed, self.top_k))
 
-    def _blocks(self, batch: int, seq: int, mask: tuple[Tensor, ...]) -> Blocks:
+    def _below(self, inside: Tensor, own: tuple[Tensor, Tensor] | None, blocks: Blocks) -> tuple[Tensor, ...]:
+        """Count the tokens that a promise is not kept to, if one is made."""
+        if self.method.promise is None or own is None:
+            return ()
+        routed = None if blocks.voting is None else blocks.voting.reshape(-1)
+        return (count_below(inside, *own, routed, self.method.promise),)
+
+    def _read(self, args: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor] | None, Blocks]:
+        if not self.method.needs_weights:
+            return None, self._blocks(args)
+        ids, weights, *layout = args
+        return (ids.reshape(-1, self.top_k), weights.reshape(-1, self.top_k)), self._blocks(layout)
+
+    def _blocks(self, layout: Sequence[Any]) -> Blocks:
+        batch, seq, *mask = layout
         voting = voting_tokens(seq, *mask) if mask else None
         return Blocks(batch, seq, self.settings.block_length, voting, whole=self.settings.scope == "batch")
 
 
+def _own_choice(graph: fx.Graph, site: Site) -> list[fx.Node]:
+    """Copy what leads from a site's scores to the ids and weights of its own choice ahead of its selection."""
+    assert site.weights is not None
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    copies: dict[fx.Node, fx.Node] = {}
+
+    def copied(node: fx.Node) -> fx.Node:
+        if node not in copies and position[node] < position[site.select]:
+            copies[node] = node
+        elif node not in copies:
+            for parent in node.all_input_nodes:
+                copied(parent)
+            with graph.inserting_before(site.select):
+                copies[node] = graph.node_copy(node, copies.__getitem__)
+        return copies[node]
+
+    return [copied(site.ids), copied(site.weights)]
+
+
 def _constrain_groups(
-    graph: fx.Graph, site: Site, groups: Groups, where: Layout, routing: _Routing, key: object, tracer: Tracer
-) -> fx.Node:
-    """Rewrite a group-limited router: penalised scores into a copy of its group mask, then the last word on order."""
-    layout = layout_arguments(graph, site, where)
-    args = [groups.scores, *layout]
-    penalised, inside = tracer.insert(graph, site.select, routing.penalised, args, ("penalised", key))
-    copies = {groups.scores: penalised}
-    for node in _between(groups.scores, site.scores):
+    graph: fx.Graph,
+    site: Site,
+    groups: Groups,
+    own: Sequence[fx.Node],
+    layout: Sequence[Argument],
+    routing: _Routing,
+    key: object,
+    tracer: Tracer,
+) -> list[fx.Node]:
+    """Rewrite a group-limited router: penalised scores into a copy of its group mask, then the last word on order.
+
+    A method that promises something about the model's own choice leaves that in its own groups.
+    """
+    args = [groups.scores, *own, *layout]
+    penalised, inside, *below = tracer.insert(graph, site.select, routing.penalised, args, ("penalised", key))
+    copies = {groups.scores: groups.scores if own else penalised}
+    for node in [] if own else _between(groups.scores, site.scores):
         with graph.inserting_before(site.select):
             copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
-    args = [copies[site.scores], penalised, inside, *layout]
-    (scores,) = tracer.insert(graph, site.select, routing.grouped, args, ("grouped", key))
-    return scores
+    args = [copies.get(site.scores, site.scores), copies[groups.scores], inside, *layout]
+    return [*tracer.insert(graph, site.select, routing.grouped, args, ("grouped", key)), *below]
 
 
 def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:

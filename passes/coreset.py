@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Rule = Callable[[Tensor, Tensor, Tensor], Tensor]  # (scores [N, L, E], ids [N, L, k], voting [N, L]) -> coreset [N, E]
+# (scores [N, L, E], ids [N, L, k], voting [N, L]) -> coreset [N, E]; with own weights [N, L, k] as a keyword `weights`
+Rule = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,40 @@ class Blocks:
         return self.voting.to(torch.int8).argmax(1, keepdim=True)
 
 
-def choose(scores: Tensor, blocks: Blocks, top_k: int, rule: Rule) -> Tensor:
-    """Apply a coreset method to selection scores [B*S, E]; return the experts each token may use, [B*S, E] bool.
+def choose(scores: Tensor, blocks: Blocks, top_k: int, rule: Rule, own: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Apply a coreset method; return the experts each token may use, [B*S, E] bool.
 
     A token with NaN or infinite scores does not vote: it would decide for all of its block.
+
+    Args:
+        scores: [B*S, E], selection scores.
+        blocks: how tokens fall into blocks.
+        top_k: experts a token.
+        rule: the method.
+        own: what the model itself would choose, ids and weights [B*S, k], for a rule that wants them.
     """
     split, voting = blocks.split(scores.float())
-    picked, ids = split.topk(top_k, dim=-1)
-    return blocks.spread(rule(split, ids, voting & are_sound(picked)))
+    if own is None:
+        picked, ids = split.topk(top_k, dim=-1)
+        return blocks.spread(rule(split, ids, voting & are_sound(picked)))
+    (ids, _), (weights, _) = blocks.split(own[0]), blocks.split(own[1].float())
+    sound = are_sound(split.gather(-1, ids)) & are_sound(weights)
+    return blocks.spread(rule(split, ids, voting & sound, weights=weights))
+
+
+def count_below(inside: Tensor, ids: Tensor, weights: Tensor, routed: Tensor | None, promise: float) -> Tensor:
+    """Return the number of routed tokens, [] int64, whose experts in the coreset hold too little of their weight.
+
+    Args:
+        inside: [T, E] bool, the experts each token may use.
+        ids, weights: [T, k], what the model itself would choose.
+        routed: [T] bool, or None where all are.
+        promise: the share; a rest of a millionth is rounding.
+    """
+    weights = weights.float().abs()
+    kept = torch.where(inside.gather(-1, ids), weights, 0).sum(-1)
+    below = kept < promise * (1 - 2e-6) * weights.sum(-1)
+    return (below if routed is None else below & routed).sum()
 
 
 def are_sound(picked: Tensor) -> Tensor:

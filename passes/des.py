@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from dmoe_compile.passes.votes import best, count_votes
+from dmoe_compile.passes.votes import best, count_votes, topped_up
 from torch import Tensor
 
 Variant = Literal["seq", "vote"]
@@ -67,10 +67,5 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options) -> Te
         return best(votes, min(max(size, top_k), num_experts))
     keep = (top_k + 1) // 2 if options.keep is None else min(options.keep, num_experts)
     kept = ids[..., :keep] if keep <= top_k else scores.topk(keep, dim=-1).indices
-    union = torch.zeros_like(scores).scatter(-1, kept, voting.unsqueeze(-1).expand_as(kept).to(scores.dtype)).amax(1)
-    # A stable sort by votes and then by membership: the union's experts first, then the rest by votes.
-    order = votes.sort(dim=-1, descending=True, stable=True).indices
-    inside_first = union.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(num_experts, device=scores.device)
-    inside = (inside_first.values > 0) | (rank < top_k)
-    return torch.zeros_like(union, dtype=torch.bool).scatter(-1, order.gather(-1, inside_first.indices), inside)
+    wanted = voting.unsqueeze(-1).expand_as(kept).to(scores.dtype)
+    return topped_up(torch.zeros_like(scores).scatter(-1, kept, wanted).amax(1) > 0, votes, top_k)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, constrain, find_layouts
+from dmoe_compile.passes.constrain import Layout, Method, Outcome, Settings, Tracer, constrain, find_layouts
 from dmoe_compile.passes.count import count_tokens
 from dmoe_compile.passes.inline import Decompositions
 from dmoe_compile.passes.policies import find_policy
@@ -112,9 +112,15 @@ def _route(
 ) -> Outcome:
     """Run the selected coreset method on one site."""
     for name, options in passes.items():
-        rule = functools.partial(find_policy(name).coreset, options=options)
-        return constrain(graph, site, where, rule, (name, options), settings, tracer)
+        return constrain(graph, site, where, _method(name, options), settings, tracer)
     return Outcome(site, False, "no pass is selected")
+
+
+def _method(name: str, options: Any) -> Method:
+    policy = find_policy(name)
+    promise = policy.promise(options) if hasattr(policy, "promise") else None
+    rule = functools.partial(policy.coreset, options=options)
+    return Method(rule, (name, options), getattr(policy, "needs_weights", False), promise)
 
 
 def _count(findings: Findings) -> None:

@@ -12,7 +12,9 @@ A policy is a module or an object with
 It is a pure function of tensors: it is traced once and compiled into the graph. At least k experts are expected of
 it. Optional are
 
-    needs_weights   True: coreset() gets a keyword `weights`, [N, L, k] fp32, what the model would weigh `ids` by
+    needs_weights   True: coreset() gets a keyword `weights`, [N, L, k] fp32, what the model would weigh `ids` by, and
+                    `ids` are what the model itself would choose, in its own groups
+    promise         (options) -> share of its routing weight that every voting token keeps; those that don't are counted
     all_experts     a method of Options: options under which the rule runs in full and changes nothing (for explain)
 
 Others are added by register_policy(), or by an entry point of the group "dmoe_compile.policies" whose name is the
@@ -27,7 +29,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
-from dmoe_compile.passes import des, dmoe
+from dmoe_compile.passes import cover, des, dmoe
 from torch import Tensor
 
 GROUP = "dmoe_compile.policies"
@@ -40,7 +42,7 @@ class Policy(Protocol):
     coreset: Callable[..., Tensor]
 
 
-_OWN: Mapping[str, Policy] = {"dmoe": dmoe, "des": des}
+_OWN: Mapping[str, Policy] = {"dmoe": dmoe, "des": des, "cover": cover}
 _registered: dict[str, Policy] = {}
 
 

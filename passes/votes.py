@@ -35,3 +35,18 @@ def best(votes: Tensor, size: int) -> Tensor:
     """
     order = votes.sort(dim=-1, descending=True, stable=True).indices[..., :size]
     return torch.zeros_like(votes, dtype=torch.bool).scatter(-1, order, True)
+
+
+def topped_up(inside: Tensor, votes: Tensor, size: int) -> Tensor:
+    """Return a coreset with at least `size` experts, [N, E] bool: those with most votes of the others are added.
+
+    Args:
+        inside: [N, E] bool.
+        votes: [N, E].
+        size: experts of each block.
+    """
+    order = votes.sort(dim=-1, descending=True, stable=True).indices
+    # A second stable sort, by membership: the coreset's own experts first, then the others by votes.
+    first = inside.gather(-1, order).to(torch.int8).sort(dim=-1, descending=True, stable=True)
+    kept = (first.values > 0) | (torch.arange(inside.shape[-1], device=inside.device) < size)
+    return torch.zeros_like(inside).scatter(-1, order.gather(-1, first.indices), kept)

@@ -127,6 +127,7 @@ class Rewriting:
         ranked: after a call, what each site's selection ranked: -inf outside the coreset.
         counts: after a call with stats, unique experts of each site.
         unsound: likewise, tokens whose scores are NaN or infinite.
+        below: likewise, tokens below a promise.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -136,6 +137,7 @@ class Rewriting:
         self.ranked: list[Tensor] = []
         self.counts: Tensor | None = None
         self.unsound: Tensor | None = None
+        self.below: Tensor | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         rewritten = backend.rewrite(gm, example_inputs, self.config, backend.Notices())
@@ -154,7 +156,7 @@ class Rewriting:
             outputs = list(aten(*inputs))
             self.ranked = outputs[len(results) :]
             if findings.num_outputs:
-                self.counts, self.unsound, _ = outputs[len(results) - 1].unbind(1)
+                self.counts, self.unsound, self.below = outputs[len(results) - 1].unbind(1)
             return outputs[: len(results) - findings.num_outputs]
 
         return call

@@ -108,7 +108,14 @@ def test_greedy_is_not_always_the_smallest() -> None:
     assert launch(*block, 0.6, 3)[0].sum() == 3
 
 
-def test_ties_go_to_the_lower_expert() -> None:
+def test_ties_go_to_the_expert_with_more_weight() -> None:
+    """Either serves both tokens; the second has more of their weight."""
+    ids, weights = torch.tensor([[[0, 1], [0, 1]]]), torch.tensor([[[0.4, 0.6]] * 2])
+    inside, _ = launch(ids, weights, torch.ones(1, 2, dtype=torch.bool), 2, 0.3, 2)
+    assert inside.nonzero()[:, 1].tolist() == [1]
+
+
+def test_other_ties_go_to_the_lower_expert() -> None:
     ids, weights = torch.tensor([[[3, 1]]]), torch.tensor([[[0.5, 0.5]]])
     inside, _ = launch(ids, weights, torch.ones(1, 1, dtype=torch.bool), 5, 0.5, 5)
     assert inside.nonzero()[:, 1].tolist() == [1]

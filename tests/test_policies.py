@@ -18,7 +18,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from dmoe_compile.passes import des, dmoe, policies
+from dmoe_compile.passes import cover, des, dmoe, policies
 from dmoe_compile.passes.coreset import Blocks, choose, restrict
 from dmoe_compile.passes.policies import find_policy, policy_names
 from dmoe_compile.passes.votes import best, count_votes
@@ -54,7 +54,8 @@ class Case:
         return count_votes(self.scores, self.ids, self.voting)
 
     def coreset(self, rule: ModuleType, options: Any) -> Tensor:
-        (inside,) = rule.coreset(self.scores, self.ids, self.voting, options)
+        weights = {"weights": self.scores.gather(-1, self.ids)} if hasattr(rule, "needs_weights") else {}
+        (inside,) = rule.coreset(self.scores, self.ids, self.voting, options, **weights)
         return inside
 
 
@@ -76,8 +77,14 @@ RULES: dict[str, tuple[ModuleType, st.SearchStrategy[Any]]] = {
     "dmoe": (dmoe, st.builds(dmoe.Options, st.floats(0.01, 1), st.integers(1, 20))),
     "des seq": (des, st.builds(des.Options, st.just("seq"), keep=st.none() | st.integers(1, 26))),
     "des vote": (des, st.builds(des.Options, st.just("vote"), coreset_size=st.none() | st.integers(1, 26))),
+    "cover": (cover, st.builds(cover.Options, st.floats(0.05, 1), st.none() | st.integers(1, 26))),
 }
-TIGHT = {"dmoe": dmoe.Options(0.3, 1), "des seq": des.Options(keep=1), "des vote": des.Options("vote", coreset_size=4)}
+TIGHT: dict[str, Any] = {
+    "dmoe": dmoe.Options(0.3, 1),
+    "des seq": des.Options(keep=1),
+    "des vote": des.Options("vote", coreset_size=4),
+    "cover": cover.Options(0.3),
+}
 every_rule = pytest.mark.parametrize("name", RULES)
 
 
@@ -155,18 +162,18 @@ def test_scores_that_are_no_numbers_do_not_spread(name: str, garbage: float, who
     """Not to other blocks, not to other sequences, and not to the other tokens of their own block."""
     rule, options = RULES[name][0], TIGHT[name]
     scores = torch.rand(2 * 8, 12)
-    choice = partial(choose, blocks=Blocks(2, 8, 4, whole=whole), top_k=3, rule=partial(rule.coreset, options=options))
     broken = scores.clone()
     broken[5, 7] = garbage  # one score of a token in the second block of the first row
-    without = choose(
-        scores,
-        Blocks(2, 8, 4, (torch.arange(16) != 5).view(2, 8), whole=whole),
-        3,
-        partial(rule.coreset, options=options),
-    )
-    assert torch.equal(choice(broken), without)
-    ids = restrict(broken, choice(broken)).topk(3).indices
-    assert choice(broken).gather(1, ids).all()  # that token stays in its coreset too
+
+    def inside_of(scores: Tensor, voting: Tensor | None = None) -> Tensor:
+        weights, ids = scores.topk(3)
+        own = (ids, weights) if hasattr(rule, "needs_weights") else None
+        return choose(scores, Blocks(2, 8, 4, voting, whole=whole), 3, partial(rule.coreset, options=options), own)
+
+    inside = inside_of(broken)
+    assert torch.equal(inside, inside_of(scores, (torch.arange(16) != 5).view(2, 8)))
+    ids = restrict(broken, inside).topk(3).indices
+    assert inside.gather(1, ids).all()  # that token stays in its coreset too
 
 
 # Nested in their options.
