@@ -132,6 +132,22 @@ def overhead(
 
 
 @bench.command()
+def coresets(
+    blocks: Annotated[int, typer.Option(help="Blocks of 32 tokens.")] = 256,
+    spread: Annotated[float, typer.Option(help="Standard deviation of the router's logits.")] = 0.8,
+    json: Json = None,
+) -> None:
+    """Experts read and routing weight kept by every coreset method, on synthetic router scores."""
+    with _usage_errors(json):
+        from dmoe_compile.bench import coresets as figure
+
+        settings = figure.Settings(blocks, spread)
+    with _progress() as progress:
+        rows = figure.run(settings, progress)
+    _show(figure.table(rows), rows, json)
+
+
+@bench.command()
 def prepare(
     layers: Annotated[float, typer.Option(help="Share of each model's layers.")] = 1.0,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds for plain Inductor on each model.")] = 300.0,

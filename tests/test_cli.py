@@ -46,6 +46,7 @@ USAGE_ERRORS = {
     "no steps": (["demo", "--steps", "0"], ["steps is 0", "at least 1"]),
     "no threads": (["demo", "--threads", "-1"], ["threads is -1", "at least 1"]),
     "no folder for json": (["demo", "--json", "no/such/out.jsonl"], ["no/such", "make it first"]),
+    "no blocks": (["bench", "coresets", "--blocks", "0"], ["blocks is 0", "at least 1"]),
     "no layers": (["bench", "overhead", "--layers", "0"], ["layers is 0", "at least 1"]),
 }
 
@@ -199,6 +200,13 @@ def test_bench_overhead_prints_a_table_and_lines_of_json(monkeypatch):
     assert result.exit_code == 0
     assert [json.loads(line) for line in result.stdout.splitlines()] == overhead_rows(3)
     assert "qwen3_moe of 3 layers" in result.stderr
+
+
+def test_bench_coresets_prints_a_table_and_lines_of_json():
+    result = invoke("bench", "coresets", "--blocks", "4", "--json", "-")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout.splitlines()[0])["method"] == "the model's own"
+    assert "4 blocks" in result.stderr
 
 
 def dmoe_options(**changed):

@@ -1,0 +1,147 @@
+"""How many experts each coreset method reads, and how much routing weight it keeps, on synthetic router scores.
+
+Scores are those of a trained router as far as its published figures say: E = 256, k = 8, blocks of 32 tokens, and 65 to
+72 unique experts a block. Logits are sums of normal values: what a block's tokens have in common (one draw a block) and
+what each has of its own, of variances `common` and 1 - `common`, times `spread`; selection scores are their softmax.
+`common` is found by bisection, so that the model's own routing uses UNIQUE experts a block. `spread` is 0.8 because
+dMoE at 0.8 then uses 27 experts, and 27 to 28 are published; larger ones make every method look better.
+
+    unique    experts that a block's tokens use, mean over blocks
+    kept      share of its own routing weight that a token's experts in the coreset hold: mean, and the worst token
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dmoe_compile.bench import Bar, Row, describe, environment
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+    from torch import Tensor
+
+NUM_EXPERTS, TOP_K, BLOCK = 256, 8, 32
+UNIQUE = 69.5  # LLaDA2.0-mini, in the dMoE paper (arXiv 2605.30876)
+PUBLISHED = (65.0, 72.0)
+# Unique experts that papers report on LLaDA2.0-mini: DES-S and DES-V at near-base accuracy, dMoE.
+MARKED = {("des", "seq", 4): 41.0, ("des", "vote", 36): 37.0, ("dmoe", 0.6): 14.6, ("dmoe", 0.8): 27.5}
+_STEPS = 20  # of the bisection: `common` to a millionth
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Blocks to draw, and the standard deviation of logits."""
+
+    blocks: int = 256
+    spread: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}, but must be at least 1")
+        if not self.spread > 0:
+            raise ValueError(f"spread is {self.spread}, but must be positive")
+
+
+def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
+    """Return a row for each method and setting, the model's own routing first."""
+    common, scores = calibrated(settings)
+    env = environment() | asdict(settings) | {"common": common}
+    methods = list(_methods())
+    bar = Bar(progress, total=len(methods))
+    rows = []
+    for name, key, options in methods:
+        bar.say(name)
+        paper = MARKED.get(key) if key is not None else UNIQUE
+        rows.append(env | {"method": name, "paper": paper} | measure(scores, key, options))
+        bar.advance()
+    return rows
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return the rows of run() as a table."""
+    from rich.table import Table
+
+    first = rows[0]
+    made = f"spread {first['spread']:g}, common {first['common']:.3f}, {first['blocks']} blocks"
+    title = f"Coresets of {NUM_EXPERTS} experts, {TOP_K} a token, {BLOCK} tokens a block ({made})"
+    columns = ("method", "unique", "paper", "coreset", "kept, mean", "kept, worst")
+    out = Table(*columns, title=title, caption=describe(first), caption_justify="left")
+    for row in rows:
+        paper = "" if row["paper"] is None else f"{row['paper']:g}"
+        kept = f"{row['kept']:.1%}", f"{row['kept_worst']:.1%}"
+        out.add_row(row["method"], f"{row['unique']:.1f}", paper, f"{row['coreset']:.1f}", *kept)
+    return out
+
+
+def calibrated(settings: Settings) -> tuple[float, Tensor]:
+    """Return `common` and scores [blocks, L, E] for which the model's own routing uses UNIQUE experts a block."""
+    low, high = 0.0, 1.0
+    for _ in range(_STEPS):
+        common = (low + high) / 2
+        scores = draw(settings, common)
+        if _unique(scores.topk(TOP_K).indices) > UNIQUE:
+            low = common
+        else:
+            high = common
+    return common, scores
+
+
+def draw(settings: Settings, common: float) -> Tensor:
+    """Return selection scores [blocks, L, E], the same ones every time but for `common`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(settings.blocks, 1, NUM_EXPERTS, generator=generator)
+    own = torch.randn(settings.blocks, BLOCK, NUM_EXPERTS, generator=generator)
+    return (settings.spread * (common**0.5 * shared + (1 - common) ** 0.5 * own)).softmax(-1)
+
+
+def measure(scores: Tensor, key: tuple[Any, ...] | None, options: Any) -> Row:
+    """Return what one method does with scores [N, L, E]; `key` None stands for the model's own routing."""
+    import torch
+
+    from dmoe_compile.passes.coreset import restrict
+    from dmoe_compile.passes.policies import find_policy
+
+    weights, ids = scores.topk(TOP_K)
+    inside = torch.ones(len(scores), NUM_EXPERTS, dtype=torch.bool)
+    if key is not None:
+        policy = find_policy(key[0])
+        given = {"weights": weights} if getattr(policy, "needs_weights", False) else {}
+        voting = torch.ones(scores.shape[:2], dtype=torch.bool)
+        inside = policy.coreset(scores, ids, voting, options, **given)
+    here = inside.unsqueeze(1).expand_as(scores)
+    used = restrict(scores, here).topk(TOP_K).indices
+    kept = torch.where(here.gather(-1, ids), weights, 0).sum(-1) / weights.sum(-1)
+    return {
+        "unique": _unique(used),
+        "coreset": inside.sum(-1).float().mean().item(),
+        "kept": kept.mean().item(),
+        "kept_worst": kept.min().item(),
+    }
+
+
+def _methods() -> Iterator[tuple[str, tuple[Any, ...] | None, Any]]:
+    """Yield a name, a key for MARKED whose first part is the policy, and its options."""
+    from dmoe_compile.passes import cover, des, dmoe
+
+    yield "the model's own", None, None
+    for top_p in (0.4, 0.5, 0.6, 0.7, 0.8):
+        yield f"dmoe, top_p {top_p}", ("dmoe", top_p), dmoe.Options(top_p, min_experts=TOP_K)
+    for keep in (1, 2, 3, 4):
+        yield f"des seq, keep {keep}", ("des", "seq", keep), des.Options("seq", keep=keep)
+    for size in (13, 24, 36, 48, 64):
+        yield f"des vote, {size}", ("des", "vote", size), des.Options("vote", coreset_size=size)
+    for mass in (0.7, 0.8, 0.9, 0.95, 0.99):
+        yield f"cover, mass {mass}", ("cover", mass), cover.Options(mass)
+
+
+def _unique(ids: Tensor) -> float:
+    """Return the mean number of distinct experts in blocks of ids [N, L, k]."""
+    import torch
+
+    hit = torch.zeros(len(ids), NUM_EXPERTS).scatter(-1, ids.flatten(1), 1.0)
+    return hit.sum(-1).mean().item()
