@@ -138,7 +138,7 @@ def loops(model: nn.Module) -> dict[str, nn.Module]:
     """
     found = {}
     for name, module in _own(model).named_modules():
-        lists = [experts for experts in _expert_lists(module) if _owner(module, experts) is None]
+        lists = [experts for experts in _expert_lists(module) if not _is_replaced(module, experts)]
         if lists or (cut_of(module) is None and stacked_loops.calls(module)):
             found[name] = module
     return found
@@ -207,13 +207,10 @@ def _outside(block: nn.Module, experts: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in block.parameters() if parameter not in inside]
 
 
-def _owner(block: nn.Module, experts: nn.Module) -> nn.Module | None:
-    """Return the block, or the child of it, in which a loop over these experts is replaced and has not gone stale."""
-    for module in (block, *block.children()):
-        cut = cut_of(module)
-        if cut is not None and cut.experts is experts and not cut.stale:
-            return module
-    return None
+def _is_replaced(block: nn.Module, experts: nn.Module) -> bool:
+    """Say whether a loop over these experts is replaced, in the block or a child of it, and has not gone stale."""
+    cuts = [cut for module in (block, *block.children()) if (cut := cut_of(module)) is not None]
+    return any(cut.experts is experts and not cut.stale for cut in cuts)
 
 
 def _prepare_block(name: str, block: nn.Module, experts: nn.Module) -> Prepared:

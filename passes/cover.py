@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from dmoe_compile.kernels.cover import cover  # also registers dmoe::cover
-from dmoe_compile.passes.votes import count_votes, topped_up
+from dmoe_compile.passes.votes import count_votes, topped_up, union
 from torch import Tensor
 
 needs_weights = True
@@ -59,8 +58,7 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options, weigh
     if options.mass < 1 or most < num_experts:
         inside, _ = cover(ids, weights.abs(), voting, num_experts, float(options.mass), most)
     else:  # all of a token's experts, also one whose weight is rounded to nothing
-        wanted = voting.unsqueeze(-1).expand_as(ids).to(scores.dtype)
-        inside = torch.zeros_like(scores).scatter(-1, ids, wanted).amax(1) > 0
+        inside = union(ids, voting, num_experts)
     return topped_up(inside, count_votes(scores, ids, voting), top_k)
 
 

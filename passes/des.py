@@ -14,8 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-import torch
-from dmoe_compile.passes.votes import best, count_votes, topped_up
+from dmoe_compile.passes.votes import best, count_votes, topped_up, union
 from torch import Tensor
 
 Variant = Literal["seq", "vote"]
@@ -67,5 +66,4 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options) -> Te
         return best(votes, min(max(size, top_k), num_experts))
     keep = (top_k + 1) // 2 if options.keep is None else min(options.keep, num_experts)
     kept = ids[..., :keep] if keep <= top_k else scores.topk(keep, dim=-1).indices
-    wanted = voting.unsqueeze(-1).expand_as(kept).to(scores.dtype)
-    return topped_up(torch.zeros_like(scores).scatter(-1, kept, wanted).amax(1) > 0, votes, top_k)
+    return topped_up(union(kept, voting, num_experts), votes, top_k)

@@ -26,6 +26,12 @@ def count_votes(scores: Tensor, ids: Tensor, voting: Tensor) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, ids, picked).sum(1)
 
 
+def union(ids: Tensor, voting: Tensor, num_experts: int) -> Tensor:
+    """Return the experts that any voting token of a block has in `ids` [N, L, n], [N, E] bool."""
+    wanted = voting.unsqueeze(-1).expand_as(ids).to(torch.float32)
+    return torch.zeros(*ids.shape[:2], num_experts, device=ids.device).scatter(-1, ids, wanted).amax(1) > 0
+
+
 def best(votes: Tensor, size: int) -> Tensor:
     """Return the `size` experts with most votes, [N, E] bool; a tie goes to the lower index.
 
