@@ -33,7 +33,7 @@ from dmoe_compile.normalise import normalise, source
 from dmoe_compile.passes import pipeline
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.pipeline import Findings
-from dmoe_compile.passes.policies import Policy, find_policy
+from dmoe_compile.passes.policies import Policy, find_policy, policy_names
 from dmoe_compile.passes.sites import Sources
 from dmoe_compile.runtime import recorder
 
@@ -193,7 +193,7 @@ class JointPass(CustomGraphPass):
 
     def uuid(self) -> tuple[str, str, str]:
         """Return what the result depends on: our sources, the policies', the options, and what the inputs are."""
-        policies = tuple(_written(find_policy(name)) for name in self.config.passes)
+        policies = tuple(_written(find_policy(name)) for name in policy_names() if name in self.config.passes)
         return _source_hash(policies), repr(self.config), repr(self.inputs)
 
 
@@ -327,7 +327,7 @@ def _say_how_to_select() -> None:
 def _source_hash(policies: tuple[bytes, ...] = ()) -> str:
     """Return a hash of this package's sources and of policies': a changed rule must never be served from a cache."""
     folders = (Path(each).parent for each in (__file__, pipeline.__file__, count_experts.__file__))
-    files = sorted(file for folder in folders for file in folder.glob("*.py"))
+    files = sorted(file for folder in folders for file in folder.glob("*.*") if file.suffix in {".py", ".cpp"})
     return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *policies])).hexdigest()
 
 

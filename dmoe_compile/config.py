@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from dmoe_compile.passes.policies import find_policy, policy_names
+from dmoe_compile.passes.policies import pass_names, pass_options, policy_names
 
 Scope = Literal["block", "batch"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
@@ -73,15 +73,15 @@ class Config:
             if not isinstance(given, Mapping):
                 raise ValueError(f"{name}={given!r} must be a dict")
         for name, options in self.policies.items():
-            if name not in policy_names() or not isinstance(options, find_policy(name).Options):
-                known = ", ".join(policy_names())
+            if name not in pass_names() or not isinstance(options, pass_options(name)):
+                known = ", ".join(pass_names())
                 raise ValueError(f"policies[{name!r}]={options!r} must be the Options of one of: {known}")
         _check_inductor(self.inductor)
 
     @property
     def selected(self) -> dict[str, Any]:
         """Options of the selected passes by name, in the order to run."""
-        return {name: self.policies.get(name) or find_policy(name).Options() for name in self.passes}
+        return {name: self.policies.get(name) or pass_options(name)() for name in self.passes}
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
@@ -99,7 +99,7 @@ class Config:
             policy, _, name = key.partition(".")
             if key in _OWN:
                 own[key] = value
-            elif policy in policy_names() and name:
+            elif policy in pass_names() and name:
                 fields.setdefault(policy, {})[name] = value
             else:
                 inductor[key.replace("-", "_")] = value
@@ -121,7 +121,7 @@ def known_keys() -> list[str]:
     """Return every option key: our own, the policies', and Inductor's."""
     from torch._inductor import list_options
 
-    fields = {name: dataclasses.fields(find_policy(name).Options) for name in policy_names()}
+    fields = {name: dataclasses.fields(pass_options(name)) for name in pass_names()}
     return [*_OWN, *(f"{name}.{field.name}" for name in fields for field in fields[name]), *list_options()]
 
 
@@ -130,14 +130,12 @@ def _passes(passes: object) -> tuple[str, ...]:
         raise ValueError(f"passes={passes!r} must be a list of names, such as ['dmoe']")
     names = tuple(passes)
     for name in names:
-        if not isinstance(name, str) or name not in policy_names():
-            raise ValueError(
-                f"passes={list(names)!r}: there is no pass {name!r}; {_nearest(str(name), policy_names())}"
-            )
+        if not isinstance(name, str) or name not in pass_names():
+            raise ValueError(f"passes={list(names)!r}: there is no pass {name!r}; {_nearest(str(name), pass_names())}")
         if names.count(name) > 1:
             raise ValueError(f"passes={list(names)!r} names {name!r} twice; a pass runs once")
-    if len(names) > 1:
-        both = " and ".join(map(repr, names))
+    if len(choosing := [name for name in names if name in policy_names()]) > 1:
+        both = " and ".join(map(repr, choosing))
         raise ValueError(
             f"passes={list(names)!r}: {both} each choose the coreset of a block, and there is one; take one"
         )
@@ -145,7 +143,7 @@ def _passes(passes: object) -> tuple[str, ...]:
 
 
 def _policy_options(policy: str, values: Mapping[str, Any]) -> Any:
-    options = find_policy(policy).Options
+    options = pass_options(policy)
     known = [f.name for f in dataclasses.fields(options)]
     for name, value in values.items():
         if name not in known:

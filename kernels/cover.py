@@ -14,19 +14,17 @@ N: blocks; L: tokens of a block; E, k: experts, experts a token
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
+from dmoe_compile.kernels.native import library
 from torch import Tensor
 
 _SERVED = 1e-6  # of a token's need: a rest this small is the rounding of fp32 sums
 
 
-def launch(
-    ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int
-) -> tuple[Tensor, Tensor]:
-    """Return the coreset of each block, [N, E] bool, and its tokens with less than they need, [N] int64.
-
-    The trip count is fixed, max_experts, so that nothing waits for the host on a GPU; on a CPU the loop ends once
-    every token has what it needs, with the same result.
+def launch(ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int) -> Tensor:
+    """Return the coreset of each block, [N, E] bool.
 
     Args:
         ids: [N, L, k] int64, every token's own top-k, distinct.
@@ -35,10 +33,32 @@ def launch(
         num_experts: E.
         mass: share of its routing weight that a token needs, in (0, 1].
         max_experts: largest coreset.
+
+    Raises:
+        ValueError: for shapes that don't fit, or, on a CPU, an id that is no expert.
     """
     if weights.shape != ids.shape or voting.shape != ids.shape[:2]:
         got = f"ids {list(ids.shape)}, weights {list(weights.shape)} and voting {list(voting.shape)}"
         raise ValueError(f"cover needs ids and weights [N, L, k] and voting [N, L], got {got}")
+    kernel = library("cover") if ids.device.type == "cpu" else None
+    if kernel is None:
+        return greedy(ids, weights, voting, num_experts, mass, max_experts)
+    operands = ids.contiguous(), weights.float().contiguous(), voting.contiguous()
+    inside = torch.zeros(len(ids), num_experts, dtype=torch.bool)
+    pointers = (ctypes.c_void_p(each.data_ptr()) for each in (*operands, inside))
+    sizes = (ctypes.c_int64(size) for size in (*ids.shape, num_experts))
+    rule = ctypes.c_double(mass), ctypes.c_int64(max_experts), ctypes.c_double(_SERVED)
+    if kernel.cover(*pointers, *sizes, *rule):
+        raise ValueError(f"cover: an id is not in [0, {num_experts}); the largest is {ids.max()}")
+    return inside
+
+
+def greedy(ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int) -> Tensor:
+    """Return what launch() does, in PyTorch: for GPUs, and where there is no C++ compiler.
+
+    The trip count is fixed, max_experts, so that nothing waits for the host on a GPU; on a CPU the loop ends once
+    every token has what it needs, with the same result.
+    """
     blocks, tokens, _ = ids.shape
     given = torch.where(voting.unsqueeze(-1), weights.float(), 0)
     left = torch.zeros(blocks, tokens, num_experts, device=ids.device).scatter(-1, ids, given)  # of experts not chosen
@@ -57,15 +77,12 @@ def launch(
         need = need - left.gather(-1, column)
         need = torch.where(need > least, need, 0)
         left = left.scatter(-1, column, 0)
-    return inside, (need > 0).sum((1, 2))
+    return inside
 
 
-def reference(
-    ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int
-) -> tuple[Tensor, Tensor]:
+def reference(ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int) -> Tensor:
     """What launch computes, token by token in Python."""
     inside = torch.zeros(len(ids), num_experts, dtype=torch.bool)
-    below = torch.zeros(len(ids), dtype=torch.int64)
     for n, (block, given, votes) in enumerate(zip(ids.tolist(), weights.tolist(), voting.tolist(), strict=True)):
         tokens = [dict(zip(*token, strict=True)) for *token, here in zip(block, given, votes, strict=True) if here]
         total = [mass * sum(token.values()) for token in tokens]
@@ -84,14 +101,11 @@ def reference(
             inside[n, best] = True
             need = [rest - token.get(best, 0.0) for token, rest in zip(tokens, need, strict=True)]
             need = [rest if rest > _SERVED * whole else 0.0 for rest, whole in zip(need, total, strict=True)]
-        below[n] = sum(rest > 0 for rest in need)
-    return inside.to(ids.device), below.to(ids.device)
+    return inside.to(ids.device)
 
 
-def _fake(
-    ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int
-) -> tuple[Tensor, Tensor]:
-    return ids.new_empty((ids.shape[0], num_experts), dtype=torch.bool), ids.new_empty((ids.shape[0],))
+def _fake(ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass: float, max_experts: int) -> Tensor:
+    return ids.new_empty((ids.shape[0], num_experts), dtype=torch.bool)
 
 
 cover = torch.library.custom_op("dmoe::cover", launch, mutates_args=())

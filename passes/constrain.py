@@ -26,7 +26,7 @@ from dmoe_compile.passes.coreset import (
     restrict_groups,
     unroute,
 )
-from dmoe_compile.passes.inline import Argument, Decompositions, inline, size_argument, trace
+from dmoe_compile.passes.inline import Argument, Decompositions, between, inline, size_argument, trace
 from dmoe_compile.passes.sites import Groups, Site, Sources, shape
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -270,29 +270,11 @@ def _constrain_groups(
     args = [groups.scores, *own, *layout]
     penalised, inside, *below = tracer.insert(graph, site.select, routing.penalised, args, ("penalised", key))
     copies = {groups.scores: groups.scores if own else penalised}
-    for node in [] if own else _between(groups.scores, site.scores):
+    for node in [] if own else between(groups.scores, site.scores):
         with graph.inserting_before(site.select):
             copies[node] = graph.node_copy(node, lambda old: copies.get(old, old))
     args = [copies.get(site.scores, site.scores), copies[groups.scores], inside, *layout]
     return [*tracer.insert(graph, site.select, routing.grouped, args, ("grouped", key)), *below]
-
-
-def _between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """Return the nodes on the paths from `start` to `end`, `end` included, in an order that can be run."""
-    order: list[fx.Node] = []
-    depends: dict[fx.Node, bool] = {start: True}
-
-    def visit(node: fx.Node) -> bool:
-        if node not in depends:
-            depends[node] = False
-            needed = [visit(parent) for parent in node.all_input_nodes]  # all of them: each adds itself to the order
-            depends[node] = any(needed)
-            if depends[node]:
-                order.append(node)
-        return depends[node]
-
-    visit(end)
-    return order
 
 
 def _rows(site: Site) -> fx.Node | None:

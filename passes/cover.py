@@ -56,7 +56,7 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options, weigh
     num_experts, top_k = scores.shape[-1], ids.shape[-1]
     most = num_experts if options.max_experts is None else min(max(options.max_experts, top_k), num_experts)
     if options.mass < 1 or most < num_experts:
-        inside, _ = cover(ids, weights.abs(), voting, num_experts, float(options.mass), most)
+        inside = cover(ids, weights.abs(), voting, num_experts, float(options.mass), most)
     else:  # all of a token's experts, also one whose weight is rounded to nothing
         inside = union(ids, voting, num_experts)
     return topped_up(inside, count_votes(scores, ids, voting), top_k)

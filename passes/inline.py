@@ -67,3 +67,21 @@ def size_argument(graph: fx.Graph, before: fx.Node, tensor: fx.Node, dim: int) -
         node = graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
     node.meta["val"] = value
     return node
+
+
+def between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Return the nodes on the paths from `start` to `end`, `end` included, in the graph's order; [] without."""
+    reached, node = {start}, start
+    while node is not end:
+        node = node.next
+        if node.op == "root":
+            return []
+        if any(parent in reached for parent in node.all_input_nodes):
+            reached.add(node)
+    order, wanted = [], {end} & reached - {start}
+    while node is not start:
+        if node in wanted:
+            order.append(node)
+            wanted.update(parent for parent in node.all_input_nodes if parent in reached)
+        node = node.prev
+    return order[::-1]

@@ -11,10 +11,12 @@ from typing import Any
 from dmoe_compile.passes.constrain import Layout, Method, Outcome, Settings, Tracer, constrain, find_layouts
 from dmoe_compile.passes.count import count_tokens
 from dmoe_compile.passes.inline import Decompositions
-from dmoe_compile.passes.policies import find_policy
+from dmoe_compile.passes.policies import find_policy, policy_names
 from dmoe_compile.passes.sites import Refusal, Site, Sources, find_sites
+from dmoe_compile.passes.top_any import Dropped, drop
 from torch import fx
 from torch._dynamo.utils import counters
+from torch._inductor.pattern_matcher import stable_topological_sort
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +68,14 @@ def run(
     findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
     before = set(graph.nodes)
     try:
-        findings.outcomes = _route_all(graph, sites, findings.layouts, passes, settings, tracer)
+        findings.outcomes = _route_all(graph, sites, findings.layouts, passes, settings, tracer, joint)
     except Exception:
         _restore(graph, sites, before)
         raise
     if stats and not joint:
-        below = [outcome.below_promise for outcome in findings.outcomes]
-        findings.num_outputs = count_tokens(graph, list(zip(sites, findings.layouts, below, strict=True)), tracer)
+        counted = [(outcome.site, outcome.below_promise) for outcome in findings.outcomes]
+        rows = [(site, where, below) for (site, below), where in zip(counted, findings.layouts, strict=True)]
+        findings.num_outputs = count_tokens(graph, rows, tracer)
     if findings.rewritten or findings.num_outputs:
         graph.lint()
     _count(findings)
@@ -86,8 +89,9 @@ def _route_all(
     passes: Mapping[str, Any],
     settings: Settings,
     tracer: Tracer,
+    joint: bool,
 ) -> list[Outcome]:
-    """Run the selected coreset method on every site; one router may drive two banks: it is rewritten once."""
+    """Run the selected passes on every site; one router may drive two banks: it is rewritten once."""
     by_selection: dict[fx.Node, Outcome] = {}
     outcomes = []
     for site, where in zip(sites, layouts, strict=True):
@@ -95,7 +99,32 @@ def _route_all(
         outcome = replace(outcome, site=site) if outcome else _route(graph, site, where, passes, settings, tracer)
         by_selection[site.select] = outcome
         outcomes.append(outcome)
-    return outcomes
+    return _drop_all(graph, outcomes, passes["top_any"], tracer, joint) if "top_any" in passes else outcomes
+
+
+def _drop_all(graph: fx.Graph, outcomes: Sequence[Outcome], options: Any, tracer: Tracer, joint: bool) -> list[Outcome]:
+    """Let every token drop experts, inside the coreset if there is one."""
+    by_selection: dict[fx.Node, list[Site]] = {}
+    for outcome in outcomes:
+        by_selection.setdefault(outcome.site.select, []).append(outcome.site)
+    results = {
+        select: "no expert is dropped where gradients are required" if joint else drop(graph, sites, options, tracer)
+        for select, sites in by_selection.items()
+    }
+    dropped = [each for each in results.values() if isinstance(each, Dropped)]
+    for each in dropped:
+        each.apply()
+    if dropped:
+        stable_topological_sort(graph)
+    return [_with_dropped(outcome, results[outcome.site.select]) for outcome in outcomes]
+
+
+def _with_dropped(outcome: Outcome, result: Dropped | str) -> Outcome:
+    if isinstance(result, Dropped):
+        return replace(outcome, site=replace(outcome.site, ids=result.ids), rewritten=True, reason="")
+    if outcome.rewritten:
+        return replace(outcome, notes=(*outcome.notes, f"top_any leaves it alone: {result}"))
+    return replace(outcome, reason=result)
 
 
 def _restore(graph: fx.Graph, sites: Sequence[Site], before: set[fx.Node]) -> None:
@@ -111,8 +140,8 @@ def _route(
     graph: fx.Graph, site: Site, where: Layout, passes: Mapping[str, Any], settings: Settings, tracer: Tracer
 ) -> Outcome:
     """Run the selected coreset method on one site."""
-    for name, options in passes.items():
-        return constrain(graph, site, where, _method(name, options), settings, tracer)
+    for name in set(policy_names()).intersection(passes):
+        return constrain(graph, site, where, _method(name, passes[name]), settings, tracer)
     return Outcome(site, False, "no pass is selected")
 
 

@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
-from dmoe_compile.passes import cover, des, dmoe
+from dmoe_compile.passes import cover, des, dmoe, top_any
 from torch import Tensor
 
 GROUP = "dmoe_compile.policies"
@@ -43,6 +43,7 @@ class Policy(Protocol):
 
 
 _OWN: Mapping[str, Policy] = {"dmoe": dmoe, "des": des, "cover": cover}
+_OTHERS: Mapping[str, Any] = {"top_any": top_any}  # passes that choose no coreset
 _registered: dict[str, Policy] = {}
 
 
@@ -56,7 +57,7 @@ def register_policy(name: str, policy: Policy) -> None:
     Raises:
         ValueError: for a name that is taken or no identifier, or an object that is no policy.
     """
-    if name in policy_names():
+    if name in pass_names():
         raise ValueError(f"{name!r} is a pass already; register the policy under another name")
     _registered[name] = _checked(name, policy)
 
@@ -64,6 +65,17 @@ def register_policy(name: str, policy: Policy) -> None:
 def policy_names() -> list[str]:
     """Return the names of all policies; nothing is imported for it."""
     return list(dict.fromkeys([*_OWN, *_registered, *_installed()]))
+
+
+def pass_names() -> list[str]:
+    """Return the names of all passes: the policies, and those that run beside one."""
+    return [*policy_names(), *_OTHERS]
+
+
+def pass_options(name: str) -> type[Any]:
+    """Return the dataclass of a pass's options; raises what find_policy() does."""
+    options: type[Any] = _OTHERS[name].Options if name in _OTHERS else find_policy(name).Options
+    return options
 
 
 def find_policy(name: str) -> Policy:
