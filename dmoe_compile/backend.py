@@ -26,12 +26,13 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch._logging import trace_structured
 
-from dmoe_compile import auto_prepare, experts
+from dmoe_compile import auto_prepare, calibrate, experts
 from dmoe_compile.config import Config
 from dmoe_compile.kernels import count_experts
 from dmoe_compile.normalise import normalise, source
 from dmoe_compile.passes import pipeline
 from dmoe_compile.passes.constrain import Settings
+from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.pipeline import Findings
 from dmoe_compile.passes.policies import Policy, find_policy, policy_names
 from dmoe_compile.passes.sites import Sources
@@ -110,7 +111,8 @@ def rewrite(
         aten, sources = normalise(gm, example_inputs)
         _trace_artifact("dmoe_graph_before", aten)
         settings = Settings(config.block_length, config.max_block_tokens, config.scope)
-        findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=config.stats)
+        said = calibrate.verdicts(aten, sources, example_inputs, config) if config.auto else None
+        findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=config.stats, verdicts=said)
     except Exception as error:
         notices.warn(_unreadable(error))
         return None
@@ -145,7 +147,12 @@ def _compile_joint(
     from torch._inductor import config as inductor_config
 
     theirs = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-    ours = JointPass(config, gm, notices)
+    try:
+        said = calibrate.verdicts(*normalise(gm, example_inputs), example_inputs, config) if config.auto else None
+    except Exception as error:
+        notices.warn(_unreadable(error))
+        return _inductor(gm, example_inputs, patches)
+    ours = JointPass(config, gm, notices, said)
     patches = {**patches, **_JOINT, "joint_custom_pre_pass": [ours, *get_custom_graph_passes(theirs)]}
     return _inductor(gm, example_inputs, patches)
 
@@ -157,10 +164,14 @@ class JointPass(CustomGraphPass):
         config: what to run.
         gm: Dynamo's graph, which knows where the inputs come from.
         notices: what takes the findings.
+        verdicts: whether a coreset pays, for every site; None where it is wanted at all of them.
     """
 
-    def __init__(self, config: Config, gm: fx.GraphModule, notices: Notices) -> None:
+    def __init__(
+        self, config: Config, gm: fx.GraphModule, notices: Notices, verdicts: list[Verdict] | None = None
+    ) -> None:
         self.config = config
+        self.verdicts = verdicts
         self.gm = gm
         self.inputs = [source(node) for node in gm.graph.find_nodes(op="placeholder")]
         self.notices = notices
@@ -173,7 +184,13 @@ class JointPass(CustomGraphPass):
         table = select_decomp_table()
         try:
             findings = pipeline.run(
-                graph, self.sources(graph), config.selected, settings, decompositions=table, joint=True
+                graph,
+                self.sources(graph),
+                config.selected,
+                settings,
+                decompositions=table,
+                joint=True,
+                verdicts=self.verdicts,
             )
         except Exception as error:
             self.notices.warn(_unreadable(error))
@@ -191,10 +208,11 @@ class JointPass(CustomGraphPass):
                     parameters.add(node.name)
         return Sources(paths, frozenset(parameters))
 
-    def uuid(self) -> tuple[str, str, str]:
-        """Return what the result depends on: our sources, the policies', the options, and what the inputs are."""
+    def uuid(self) -> tuple[str, ...]:
+        """Return what the result depends on: our sources, the policies', options, inputs, and what pays."""
         policies = tuple(_written(find_policy(name)) for name in policy_names() if name in self.config.passes)
-        return _source_hash(policies), repr(self.config), repr(self.inputs)
+        pays = [verdict.pays for verdict in self.verdicts or ()]
+        return _source_hash(policies), repr(self.config), repr(self.inputs), repr(pays)
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
@@ -270,7 +288,10 @@ def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
     """Return why the passes changed nothing, "" where they did; `broken` is Dynamo's reason to end the graph."""
     if findings.rewritten:
         return ""
-    if left := [outcome for outcome in findings.outcomes if not outcome.rewritten]:
+    left = [outcome for outcome in findings.outcomes if not outcome.rewritten]
+    if left and all(outcome.verdict and not outcome.verdict.pays for outcome in left):
+        return ""  # as asked: where it does not pay
+    if left:
         return f"{left[0].site.name} was left alone: {left[0].reason}."
     routers = [refusal.name for refusal in findings.refusals if refusal.is_router]
     if broken and routers:

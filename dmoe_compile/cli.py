@@ -236,8 +236,12 @@ def _show(table: Table, rows: list[Row], json: str | None, remarks: Iterable[str
 
 def _remarks(report: Report) -> Iterator[str]:
     """What a report says beside its table of sites."""
-    yield from sorted({f"note: {note}" for site in report.sites for note in site.notes})
+    everywhere = set.intersection(*(set(site.notes) for site in report.sites)) if report.sites else set()
+    yield from (f"note: {note}" for note in sorted(everywhere))
+    if report.cost_model:
+        yield f"cost model: {report.cost_model}"
     for site in report.sites:
+        yield from (f"{site.name}: {note}" for note in site.notes if note not in everywhere)
         yield from (f"{site.name}: changes with the routing: {escape}" for escape in site.escapes)
     yield from (f"refused {name}: {reason}" for name, reason in report.refused)
     yield from (f"warning: {warning}" for warning in report.warnings)

@@ -20,7 +20,8 @@ class Config:
     """Options of ``torch.compile(model, backend="dmoe", options=...)``.
 
     Attributes:
-        passes: names of the passes to run, each at most once. With none (the default) nothing is lossy.
+        passes: names of the passes to run, each at most once. With none (the default) nothing is lossy. "auto" (lossy
+            too) is `cover` at the sites where the cost model says that it pays.
         block_length: tokens of a sequence that are denoised together and share a coreset: the model's own
             denoising unit (32 in LLaDA2 and SDAR, the canvas, 256, in DiffusionGemma).
         max_block_tokens: forwards with more tokens a sequence than this are left alone; None rewrites all.
@@ -38,7 +39,7 @@ class Config:
         ValueError: for a value that is out of range, of a wrong type, or unknown; it names the rule.
     """
 
-    passes: tuple[str, ...] = ()
+    passes: tuple[str, ...] | Literal["auto"] = ()
     block_length: int = 32
     max_block_tokens: int | None = None
     scope: str = "block"
@@ -80,8 +81,17 @@ class Config:
 
     @property
     def selected(self) -> dict[str, Any]:
-        """Options of the selected passes by name, in the order to run."""
-        return {name: self.policies.get(name) or pass_options(name)() for name in self.passes}
+        """Options of the selected passes by name; of "auto", those of the method it decides on."""
+        names = ("cover" if name == "auto" else name for name in self.passes)
+        return {name: self._options_of(name) for name in names}
+
+    @property
+    def auto(self) -> Any:
+        """Options of "auto", None where it is not selected."""
+        return self._options_of("auto") if "auto" in self.passes else None
+
+    def _options_of(self, name: str) -> Any:
+        return self.policies.get(name) or pass_options(name)()
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> Config:
@@ -126,15 +136,15 @@ def known_keys() -> list[str]:
 
 
 def _passes(passes: object) -> tuple[str, ...]:
-    if isinstance(passes, str) or not isinstance(passes, Iterable):
-        raise ValueError(f"passes={passes!r} must be a list of names, such as ['dmoe']")
-    names = tuple(passes)
+    if (isinstance(passes, str) and passes != "auto") or not isinstance(passes, Iterable):
+        raise ValueError(f"passes={passes!r} must be a list of names, such as ['dmoe'], or 'auto'")
+    names = ("auto",) if passes == "auto" else tuple(passes)
     for name in names:
         if not isinstance(name, str) or name not in pass_names():
             raise ValueError(f"passes={list(names)!r}: there is no pass {name!r}; {_nearest(str(name), pass_names())}")
         if names.count(name) > 1:
             raise ValueError(f"passes={list(names)!r} names {name!r} twice; a pass runs once")
-    if len(choosing := [name for name in names if name in policy_names()]) > 1:
+    if len(choosing := [name for name in names if name == "auto" or name in policy_names()]) > 1:
         both = " and ".join(map(repr, choosing))
         raise ValueError(
             f"passes={list(names)!r}: {both} each choose the coreset of a block, and there is one; take one"

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from dmoe_compile import auto_prepare, backend
 from dmoe_compile.config import Config
 from dmoe_compile.passes.constrain import Outcome
+from dmoe_compile.passes.cost import formula
 from dmoe_compile.passes.sites import Refusal
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class Report:
         graphs: Dynamo graphs that the forward fell into; more than one means graph breaks.
         verified: with verify=True, whether a coreset of all experts gave the same bits as no pass; None
             where it was not asked for, or no site was rewritten that could be held against it.
+        cost_model: with passes="auto", what decides, as a formula in T, k, U ...; each site has its numbers in `notes`
+            or `reason`.
     """
 
     sites: list[SiteReport] = field(default_factory=list)
@@ -80,6 +83,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     graphs: int = 0
     verified: bool | None = None
+    cost_model: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, for JSON."""
@@ -107,6 +111,8 @@ class Report:
             )
             lines += [f"    changes with the routing: {escape}" for escape in site.escapes]
             lines += [f"    note: {note}" for note in site.notes]
+        if self.cost_model:
+            lines.append(f"  cost model: {self.cost_model}")
         lines += [f"  refused {name}: {reason}" for name, reason in self.refused]
         lines += [f"  warning: {warning}" for warning in self.warnings]
         if self.verified is not None:
@@ -142,7 +148,14 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
     ]
     refused = [(refusal.name, refusal.reason) for refusal in after.refusals]
     verified = _verify(model, config, args, kwargs) if verify else None
-    return Report(sites, refused, [*in_loops, *sorted(after.notices.said)], after.graphs, verified)
+    return Report(
+        sites,
+        refused,
+        [*in_loops, *sorted(after.notices.said)],
+        after.graphs,
+        verified,
+        formula() if config.auto else "",
+    )
 
 
 class _Watch:
@@ -195,7 +208,8 @@ def _verify(model: Any, config: Config, args: tuple[Any, ...], kwargs: Mapping[s
     if not all(hasattr(options, "all_experts") for options in selected.values()):
         return None  # a policy of somebody else's, which need not say
     everything = {name: options.all_experts() for name, options in selected.items()}
-    lossless = replace(config, policies=everything, experts=False, stats=False, mode=None)
+    passes = tuple(everything)  # "auto" would see that nothing is gained
+    lossless = replace(config, passes=passes, policies=everything, experts=False, stats=False, mode=None)
     results, rewritten = [], counters["dmoe"]["sites_rewritten"]
     for each in (replace(lossless, passes=(), policies={}), lossless):
         compiled = _compile(model, backend="dmoe", options=each.to_options())

@@ -26,6 +26,7 @@ from dmoe_compile.passes.coreset import (
     restrict_groups,
     unroute,
 )
+from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.inline import Argument, Decompositions, between, inline, size_argument, trace
 from dmoe_compile.passes.sites import Groups, Site, Sources, shape
 from torch import Tensor, fx
@@ -70,7 +71,8 @@ class Outcome:
 
     `reason` says why it was left alone ("" where it was rewritten); `tokens_per_block` is what the block
     length comes to in this forward; `notes` say what was assumed for want of knowledge. `below_promise` counts the
-    tokens, [] int64, for which a policy could not keep what it promises; None where it promises nothing.
+    tokens, [] int64, for which a policy could not keep what it promises; None where it promises nothing. `verdict` is
+    what the cost model said, where it was asked.
     """
 
     site: Site
@@ -79,6 +81,7 @@ class Outcome:
     tokens_per_block: int | None = None
     notes: tuple[str, ...] = ()
     below_promise: fx.Node | None = None
+    verdict: Verdict | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dmoe_compile.passes.constrain import Layout, Method, Outcome, Settings, Tracer, constrain, find_layouts
+from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.count import count_tokens
 from dmoe_compile.passes.inline import Decompositions
 from dmoe_compile.passes.policies import find_policy, policy_names
@@ -48,8 +49,9 @@ def run(
     stats: bool = False,
     decompositions: Decompositions = None,
     joint: bool = False,
+    verdicts: Sequence[Verdict] | None = None,
 ) -> Findings:
-    """Find the sites of `graph`, rewrite them in place, and return what was done.
+    """Find the sites of `graph`, rewrite them in place, and return what was done; every decision is logged and counted.
 
     Args:
         graph: functional aten, as normalised for inference or as AOTAutograd's joint graph.
@@ -59,16 +61,38 @@ def run(
         stats: append the counts of every site (passes/count.py) to the outputs (never in a joint graph).
         decompositions: the table that the graph was made with; what is inlined must match.
         joint: the graph holds gradients too.
+        verdicts: whether a coreset pays, for every site in its order; None where it is wanted at all of them.
 
     Raises:
         Exception: whatever a rule raises while it is traced; the graph is then as it was.
     """
+    findings = rewrite(
+        graph, sources, passes, settings, stats=stats, decompositions=decompositions, joint=joint, verdicts=verdicts
+    )
+    _count(findings)
+    return findings
+
+
+def rewrite(
+    graph: fx.Graph,
+    sources: Sources,
+    passes: Mapping[str, Any],
+    settings: Settings,
+    *,
+    stats: bool = False,
+    decompositions: Decompositions = None,
+    joint: bool = False,
+    verdicts: Sequence[Verdict] | None = None,
+) -> Findings:
+    """Do what run() does, in silence."""
     sites, refusals = find_sites(graph, sources)
     tracer = Tracer(decompositions, share=not joint)
     findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
     before = set(graph.nodes)
     try:
-        findings.outcomes = _route_all(graph, sites, findings.layouts, passes, settings, tracer, joint)
+        findings.outcomes = _route_all(graph, sites, findings.layouts, verdicts, passes, settings, tracer)
+        if "top_any" in passes:
+            findings.outcomes = _drop_all(graph, findings.outcomes, passes["top_any"], tracer, joint)
     except Exception:
         _restore(graph, sites, before)
         raise
@@ -78,7 +102,6 @@ def run(
         findings.num_outputs = count_tokens(graph, rows, tracer)
     if findings.rewritten or findings.num_outputs:
         graph.lint()
-    _count(findings)
     return findings
 
 
@@ -86,20 +109,26 @@ def _route_all(
     graph: fx.Graph,
     sites: Sequence[Site],
     layouts: Sequence[Layout],
+    verdicts: Sequence[Verdict] | None,
     passes: Mapping[str, Any],
     settings: Settings,
     tracer: Tracer,
-    joint: bool,
 ) -> list[Outcome]:
-    """Run the selected passes on every site; one router may drive two banks: it is rewritten once."""
+    """Run the selected coreset method on every site; one router may drive two banks: the first speaks for both."""
     by_selection: dict[fx.Node, Outcome] = {}
     outcomes = []
-    for site, where in zip(sites, layouts, strict=True):
+    asked: Sequence[Verdict | None] = [None] * len(sites) if verdicts is None else verdicts
+    for site, where, verdict in zip(sites, layouts, asked, strict=True):
         outcome = by_selection.get(site.select)
-        outcome = replace(outcome, site=site) if outcome else _route(graph, site, where, passes, settings, tracer)
+        if outcome is None and verdict is not None and not verdict.pays:
+            outcome = Outcome(site, False, "a coreset does not pay", notes=(verdict.why,), verdict=verdict)
+        elif outcome is None:
+            outcome = _route(graph, site, where, passes, settings, tracer)
+            notes = (*outcome.notes, verdict.why) if verdict else outcome.notes
+            outcome = replace(outcome, verdict=verdict, notes=notes)
         by_selection[site.select] = outcome
-        outcomes.append(outcome)
-    return _drop_all(graph, outcomes, passes["top_any"], tracer, joint) if "top_any" in passes else outcomes
+        outcomes.append(replace(outcome, site=site))
+    return outcomes
 
 
 def _drop_all(graph: fx.Graph, outcomes: Sequence[Outcome], options: Any, tracer: Tracer, joint: bool) -> list[Outcome]:
