@@ -135,13 +135,16 @@ def overhead(
 def coresets(
     blocks: Annotated[int, typer.Option(help="Blocks of 32 tokens.")] = 256,
     spread: Annotated[float, typer.Option(help="Standard deviation of the router's logits.")] = 0.8,
+    calls: Annotated[int, typer.Option(help="Timed calls of every rule.")] = 200,
     json: Json = None,
 ) -> None:
-    """Experts read and routing weight kept by every coreset method, on synthetic router scores."""
+    """Experts read and routing weight kept by every coreset method, and its time, on synthetic router scores."""
     with _usage_errors(json):
         from dmoe_compile.bench import coresets as figure
+        from dmoe_compile.bench import require_compiler
 
-        settings = figure.Settings(blocks, spread)
+        require_compiler()
+        settings = figure.Settings(blocks, spread, calls)
     with _progress() as progress:
         rows = figure.run(settings, progress)
     _show(figure.table(rows), rows, json)

@@ -31,17 +31,27 @@ def machine(device: torch.device, dtype: torch.dtype) -> Machine:
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     """Return the bandwidth of reading a large tensor, and the peak of a square matmul in `dtype`; half a second."""
+    return Machine(bandwidth(device), peak(device, dtype))
+
+
+@torch.no_grad()
+def bandwidth(device: torch.device) -> float:
+    """Return how fast a large tensor is read, in GB/s."""
+    return _READ_BYTES / _best_s("x.sum()", x=torch.ones(_READ_BYTES // 4, device=device)) / 1e9
+
+
+@torch.no_grad()
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return how fast square matrices are multiplied in `dtype`, in TFLOP/s."""
+    a, b = (torch.ones(_SQUARE, _SQUARE, dtype=dtype, device=device) for _ in range(2))
+    return 2 * _SQUARE**3 / _best_s("a @ b", a=a, b=b) / 1e12
+
+
+def _best_s(code: str, **operands: torch.Tensor) -> float:
     from torch.utils.benchmark import Timer
 
-    with torch.no_grad():
-        large = torch.ones(_READ_BYTES // 4, device=device)
-        a, b = (torch.ones(_SQUARE, _SQUARE, dtype=dtype, device=device) for _ in range(2))
-        read, multiply = (
-            min(Timer(code, globals={"x": large, "a": a, "b": b}, num_threads=torch.get_num_threads())
-                .blocked_autorange(min_run_time=_MIN_RUN_S).times)
-            for code in ("x.sum()", "a @ b")
-        )  # fmt: skip
-    return Machine(_READ_BYTES / read / 1e9, 2 * _SQUARE**3 / multiply / 1e12)
+    timer = Timer(code, globals=operands, num_threads=torch.get_num_threads())
+    return min(timer.blocked_autorange(min_run_time=_MIN_RUN_S).times)
 
 
 def _key(device: torch.device, dtype: torch.dtype) -> str:

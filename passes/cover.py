@@ -55,11 +55,12 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options, weigh
     """
     num_experts, top_k = scores.shape[-1], ids.shape[-1]
     most = num_experts if options.max_experts is None else min(max(options.max_experts, top_k), num_experts)
-    if options.mass < 1 or most < num_experts:
-        inside = cover(ids, weights.abs(), voting, num_experts, float(options.mass), most)
-    else:  # all of a token's experts, also one whose weight is rounded to nothing
-        inside = union(ids, voting, num_experts)
-    return topped_up(inside, count_votes(scores, ids, voting), top_k)
+    votes = count_votes(scores, ids, voting)
+    if options.mass == 1 and most == num_experts:
+        # All experts, not the union of what tokens chose: a top-k that does not sort may order the same ids otherwise.
+        return topped_up(union(ids, voting, num_experts), votes, num_experts)
+    inside = cover(ids, weights.abs(), voting, num_experts, float(options.mass), most)
+    return topped_up(inside, votes, top_k)
 
 
 def promise(options: Options) -> float:

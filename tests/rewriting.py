@@ -1,23 +1,22 @@
-"""What the graph-rewrite tests share: a prepared block through the passes, and the same rule in eager PyTorch."""
+"""What the rewrite tests share: a prepared block through the passes, and a coreset method in eager PyTorch."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from dmoe_compile.passes import dmoe
 from dmoe_compile.passes.coreset import Blocks, choose, restrict
+from dmoe_compile.passes.policies import find_policy
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import forms
-from dmoe_compile import prepare
+from dmoe_compile import Config, prepare
 from reference_model import Rewriting
 
 B, S, L = 2, 24, 8  # three blocks a row
@@ -63,28 +62,40 @@ class Rewritten:
 
 
 class EagerRule(TorchFunctionMode):
-    """The dMoE rule in eager PyTorch: every top-k over all experts is restricted to its block's coreset."""
+    """A coreset method in eager PyTorch: every top-k over all experts is restricted to its block's coreset.
 
-    def __init__(self, num_experts: int, shape: Sequence[int] = (B, S), options: Mapping[str, Any] = OPTIONS) -> None:
+    Attributes:
+        own: what the model itself would choose, ids and weights [T, k], for a method that needs it.
+        changed: top-k calls whose result the method changed.
+    """
+
+    def __init__(self, num_experts: int, batch: int, options: Mapping[str, Any]) -> None:
         super().__init__()
-        self.num_experts = num_experts
-        self.shape = tuple(shape)
-        chosen = dmoe.Options(options["dmoe.top_p"], options["dmoe.min_experts"])
-        self.rule = functools.partial(dmoe.coreset, options=chosen)
+        config = Config.from_options(dict(options))
+        ((name, chosen),) = config.selected.items()
+        self.rule = functools.partial(find_policy(name).coreset, options=chosen)
+        self.num_experts, self.batch, self.config = num_experts, batch, config
+        self.own: tuple[Tensor, Tensor] | None = None
+        self.changed = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in {torch.topk, Tensor.topk} and args[0].shape == (prod(self.shape), self.num_experts):
+        if func in {torch.topk, Tensor.topk} and args[0].shape[-1] == self.num_experts:
             top_k = kwargs["k"] if "k" in kwargs else args[1]
-            inside = choose(args[0], Blocks(*self.shape, L, None), top_k, self.rule)
-            args = (restrict(args[0], inside), *args[1:])
+            scores = args[0].reshape(-1, self.num_experts)
+            length, whole = self.config.block_length, self.config.scope == "batch"
+            blocks = Blocks(self.batch, len(scores) // self.batch, length, None, whole=whole)
+            ranked = restrict(scores, choose(scores, blocks, top_k, self.rule, self.own)).reshape(args[0].shape)
+            own = func(*args, **kwargs)
+            args = (ranked, *args[1:])
+            self.changed += int((own[1] != func(*args, **kwargs)[1]).any())
         return func(*args, **kwargs)
 
 
 @torch.no_grad()
 def eager_with_rule(block: nn.Module, x: Tensor) -> Any:
     """Return what the block's own code gives under the dMoE rule; a router with groups is another matter."""
-    with EagerRule(forms.CONFIG["num_experts"]):
+    with EagerRule(forms.CONFIG["num_experts"], B, {"passes": ["dmoe"], **OPTIONS}):
         return block(x)
 
 

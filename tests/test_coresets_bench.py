@@ -3,12 +3,12 @@
 import pytest
 
 from dmoe_compile.bench import coresets
-from dmoe_compile.bench.coresets import BLOCK, NUM_EXPERTS, PUBLISHED, TOP_K, Settings
+from dmoe_compile.bench.coresets import BLOCK, EXPERT_BYTES, NUM_EXPERTS, PUBLISHED, TOP_K, Settings
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return {row["method"]: row for row in coresets.run(Settings(blocks=32))}
+    return {row["method"]: row for row in coresets.run(Settings(blocks=32, calls=3))}
 
 
 def test_scores_are_as_concentrated_as_published_ones(rows):
@@ -42,7 +42,16 @@ def test_cover_keeps_its_promise_to_the_worst_token(rows):
     assert [row["unique"] for row in kept] == sorted(row["unique"] for row in kept)
 
 
-@pytest.mark.parametrize("values", [{"blocks": 0}, {"spread": 0.0}, {"spread": float("nan")}], ids=str)
+def test_every_rule_is_timed(rows):
+    """No absolute time is asserted; that it was taken, and of which experts the share is."""
+    for row in rows.values():
+        assert row["floor_ms"] == pytest.approx(row["unique"] * EXPERT_BYTES / row["gb_per_s"] / 1e6)
+        assert row["of_layer"] == pytest.approx(row["rule_ms"] / row["floor_ms"])
+    assert rows["the model's own"]["rule_ms"] == 0
+    assert "of layer" in [column.header for column in coresets.table(list(rows.values())).columns]
+
+
+@pytest.mark.parametrize("values", [{"blocks": 0}, {"calls": 0}, {"spread": 0.0}, {"spread": float("nan")}], ids=str)
 def test_settings_that_mean_nothing_are_refused(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         Settings(**values)

@@ -14,9 +14,23 @@ from dmoe_compile.passes import dmoe
 import dmoe_compile
 import zoo
 from dmoe_compile import Config
+from reference_model import Rewriting
 from test_backend import ATEN, TinyMoE
 
 CONFIG = Config(passes=("dmoe",), block_length=16)
+# Every method under options that choose all experts. auto is told of figures with which a coreset pays.
+PAYS = {"auto.unique_experts": 16, "auto.coreset_experts": 8, "auto.gb_per_s": 1, "auto.tflop_per_s": 1000}
+METHODS = {
+    "dmoe": {"passes": ["dmoe"], "dmoe.min_experts": 2**31},
+    "dmoe, batch": {"passes": ["dmoe"], "dmoe.min_experts": 2**31, "scope": "batch"},
+    "des seq": {"passes": ["des"], "des.keep": 2**31},
+    "des vote": {"passes": ["des"], "des.variant": "vote", "des.coreset_size": 2**31},
+    "cover": {"passes": ["cover"], "cover.mass": 1.0},
+    "cover, batch": {"passes": ["cover"], "cover.mass": 1.0, "scope": "batch"},
+    "top_any": {"passes": ["top_any"], "top_any.ratio": 0.0},
+    "dmoe and top_any": {"passes": ["dmoe", "top_any"], "dmoe.min_experts": 2**31, "top_any.ratio": 0.0},
+    "auto": {"passes": "auto", "cover.mass": 1.0, **PAYS},
+}
 DTYPES = (torch.float32, torch.bfloat16)
 SETTINGS = list(itertools.product(zoo.EXPERTS, DTYPES))
 IN_CODE = ("qwen3_moe", "deepseek_v3", "gpt_oss")  # softmax; sigmoid, bias and groups; bare logits
@@ -57,6 +71,33 @@ def test_all_experts_identity(name, experts, dtype):
 @pytest.mark.parametrize("name", zoo.ROUTABLE)
 def test_all_experts_identity_in_every_setting(name, experts, dtype, dynamic):
     assert holds(name, experts, dtype, dynamic=dynamic)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", zoo.ROUTABLE)
+def test_all_experts_identity_of_every_method(name, method):
+    """The rewritten graph, run operation by operation, beside the graph as it was."""
+    num_layers = FIRST_ROUTED.get(name, 1)
+    model, inputs = zoo.build(name, num_layers=num_layers), zoo.inputs(name)
+    results = []
+    for options in ({"passes": []}, METHODS[method]):
+        rewriting = Rewriting(**options, block_length=16)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            results.append(torch.compile(model, backend=rewriting, fullgraph=True)(**inputs)[0])
+    assert [outcome.site.name for outcome in rewriting.outcomes if outcome.rewritten] == list(
+        zoo.expected(name, num_layers).names
+    )
+    assert torch.equal(*results)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "dmoe"])
+@pytest.mark.parametrize("name", zoo.ROUTABLE)
+def test_all_experts_identity_of_every_method_through_inductor(name, method):
+    """Forms of experts and dtypes take turns."""
+    experts, dtype = SETTINGS[(zoo.ROUTABLE.index(name) + list(METHODS).index(method)) % len(SETTINGS)]
+    assert holds(name, experts, dtype, config=Config.from_options({**METHODS[method], "block_length": 16}))
 
 
 def _without_the_last(scores, ids, voting, options):

@@ -152,7 +152,7 @@ def test_rule_decodes_as_in_eager(name: str) -> None:
     model, published = build(name), build(name)
 
     def with_rule(**kwargs: Any) -> Any:
-        with EagerRule(12, kwargs["input_ids"].shape, RULE):
+        with EagerRule(12, len(kwargs["input_ids"]), {**OPTIONS, **RULE}):
             return published(**kwargs)
 
     wanted = decode(published, with_rule)

@@ -1,25 +1,22 @@
 """Every coreset method on every model of the zoo: real settings give what the rule gives in eager PyTorch.
 
-The rule is applied to the model's own code by replacing the one top-k over its experts; routers with groups are
-compared in tests/test_dmoe.py (with the released tensors) and tests/test_cover.py.
+The rule is applied to the model's own code by replacing the one top-k over its experts. Routers with groups are
+compared in tests/test_dmoe.py (with the released tensors), test_constrain.py and test_cover.py.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from dmoe_compile.passes.coreset import Blocks, choose, restrict
-from dmoe_compile.passes.policies import find_policy
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import zoo
-from dmoe_compile import Config
 from reference_model import Rewriting
+from rewriting import EagerRule
 
 L = 16
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -27,47 +24,55 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "des seq": {"passes": ["des"], "des.keep": 1},
     "des vote": {"passes": ["des"], "des.variant": "vote", "des.coreset_size": 3},
     "des vote, batch": {"passes": ["des"], "des.variant": "vote", "des.coreset_size": 3, "scope": "batch"},
+    "cover": {"passes": ["cover"], "cover.mass": 0.6},
+    "cover, batch": {"passes": ["cover"], "cover.mass": 0.5, "cover.max_experts": 8, "scope": "batch"},
 }
 NO_GROUPS = [name for name in zoo.ROUTABLE if not zoo.expected(name).groups]
 
 
-class EagerRule(TorchFunctionMode):
-    """Restricts every top-k over E scores to its block's coreset."""
+def show_own_choice(model: nn.Module, name: str, rule: EagerRule) -> None:
+    """Let every routed layer run twice: what its router gives its experts is the model's own choice for the rule."""
+    expected = zoo.expected(name, num_layers=1)
+    for path in expected.names:
+        layer = model.get_submodule(path)
+        routed = layer.router if name == "diffusion_gemma" else layer  # whose layer writes to its cache as well
+        routed.forward = _twice(routed.forward, model.get_submodule(f"{path}.experts"), rule)
 
-    def __init__(self, num_experts: int, batch: int, options: dict[str, Any]) -> None:
-        super().__init__()
-        self.num_experts, self.batch = num_experts, batch
-        config = Config.from_options({**options, "block_length": L})
-        ((name, chosen),) = config.selected.items()
-        self.rule = functools.partial(find_policy(name).coreset, options=chosen)
-        self.whole = config.scope == "batch"
-        self.changed = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in {torch.topk, Tensor.topk} and args[0].shape[-1] == self.num_experts:
-            top_k = kwargs["k"] if "k" in kwargs else args[1]
-            scores = args[0].reshape(-1, self.num_experts)
-            blocks = Blocks(self.batch, len(scores) // self.batch, L, None, whole=self.whole)
-            ranked = restrict(scores, choose(scores, blocks, top_k, self.rule)).reshape(args[0].shape)
-            own = func(*args, **kwargs)
-            args = (ranked, *args[1:])
-            self.changed += int((own[1] != func(*args, **kwargs)[1]).any())
-        return func(*args, **kwargs)
+def _twice(forward: Callable[..., Any], experts: nn.Module, rule: EagerRule) -> Callable[..., Any]:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        _, ids, weights = (*args, *kwargs.values())
+        seen.append((ids, weights))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            watching = experts.register_forward_pre_hook(watch, with_kwargs=True)
+            out = forward(*args, **kwargs)
+            watching.remove()
+        if not seen:  # a router alone
+            _, weights, ids = out
+            seen.append((ids, weights))
+        rule.own = seen.pop()
+        return forward(*args, **kwargs)
+
+    return run
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", NO_GROUPS)
 def test_equals_the_rule_in_eager(name: str, setting: str) -> None:
     model, inputs = zoo.build(name, num_layers=1), zoo.inputs(name)
-    inputs = {key: value for key, value in inputs.items() if "mask" not in key}
-    options = SETTINGS[setting]
+    options = {**SETTINGS[setting], "block_length": L}
     batch = next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor))
     with torch.no_grad():
-        with EagerRule(zoo.expected(name).num_experts, batch, options) as rule:
-            expected = model(**inputs)
-        rewriting = Rewriting(**options, block_length=L)
+        rewriting = Rewriting(**options)
         out = torch.compile(model, backend=rewriting, fullgraph=True)(**inputs)
+        with EagerRule(zoo.expected(name).num_experts, batch, options) as rule:
+            if "cover" in setting:
+                show_own_choice(model, name, rule)
+            expected = model(**inputs)
     assert [outcome.rewritten for outcome in rewriting.outcomes] == [True] * len(rewriting.outcomes)
     assert rule.changed  # the rule did change something
     assert_close(out[0], expected[0], rtol=1e-4, atol=1e-4)  # fp32 sums in another order, through a layer and a head

@@ -8,12 +8,18 @@ dMoE at 0.8 then uses 27 experts, and 27 to 28 are published; larger ones make e
 
     unique    experts that a block's tokens use, mean over blocks
     kept      share of its own routing weight that a token's experts in the coreset hold: mean, and the worst token
+    rule      what choosing for one block takes more than the plain top-k, both through Inductor: median of calls
+    of layer  that beside the least time in which this machine reads `unique` experts (LLaDA2.0-mini's, in bf16): the
+              largest share of a layer that the rule can have, however fast the experts are
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, describe, environment
@@ -24,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NUM_EXPERTS, TOP_K, BLOCK = 256, 8, 32
+EXPERT_BYTES = 3 * 2048 * 512 * 2  # gate, up and down projection, hidden size x expert width, bf16
 UNIQUE = 69.5  # LLaDA2.0-mini, in the dMoE paper (arXiv 2605.30876)
 PUBLISHED = (65.0, 72.0)
 # Unique experts that papers report on LLaDA2.0-mini: DES-S and DES-V at near-base accuracy, dMoE.
@@ -33,30 +40,44 @@ _STEPS = 20  # of the bisection: `common` to a millionth
 
 @dataclass(frozen=True)
 class Settings:
-    """Blocks to draw, and the standard deviation of logits."""
+    """Blocks to draw, the standard deviation of logits, and timed calls of every rule."""
 
     blocks: int = 256
     spread: float = 0.8
+    calls: int = 200
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
             raise ValueError(f"blocks is {self.blocks}, but must be at least 1")
+        if self.calls < 1:
+            raise ValueError(f"calls is {self.calls}, but must be at least 1")
         if not self.spread > 0:
             raise ValueError(f"spread is {self.spread}, but must be positive")
 
 
 def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
     """Return a row for each method and setting, the model's own routing first."""
+    import torch
+
+    from dmoe_compile.machine import bandwidth
+
     common, scores = calibrated(settings)
     env = environment() | asdict(settings) | {"common": common}
     methods = list(_methods())
-    bar = Bar(progress, total=len(methods))
-    rows = []
+    bar = Bar(progress, total=len(methods) + 1)
+    rows, routings = [], []
     for name, key, options in methods:
         bar.say(name)
         paper = MARKED.get(key) if key is not None else UNIQUE
         rows.append(env | {"method": name, "paper": paper} | measure(scores, key, options))
+        routings.append(_compiled(scores[0], key, options))
         bar.advance()
+    bar.say("time")
+    gb_per_s = bandwidth(torch.device("cpu"))
+    for row, rule_ms in zip(rows, _extra_ms(routings, scores[0], settings.calls), strict=True):
+        floor_ms = row["unique"] * EXPERT_BYTES / gb_per_s / 1e6
+        row |= {"rule_ms": rule_ms, "gb_per_s": gb_per_s, "floor_ms": floor_ms, "of_layer": rule_ms / floor_ms}
+    bar.advance()
     return rows
 
 
@@ -67,12 +88,15 @@ def table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     made = f"spread {first['spread']:g}, common {first['common']:.3f}, {first['blocks']} blocks"
     title = f"Coresets of {NUM_EXPERTS} experts, {TOP_K} a token, {BLOCK} tokens a block ({made})"
-    columns = ("method", "unique", "paper", "coreset", "kept, mean", "kept, worst")
-    out = Table(*columns, title=title, caption=describe(first), caption_justify="left")
+    columns = ("method", "unique", "paper", "coreset", "kept, mean", "kept, worst", "rule", "of layer")
+    out = Table(
+        *columns, title=title, caption=f"{describe(first)}; reads {first['gb_per_s']:.3g} GB/s", caption_justify="left"
+    )
     for row in rows:
         paper = "" if row["paper"] is None else f"{row['paper']:g}"
         kept = f"{row['kept']:.1%}", f"{row['kept_worst']:.1%}"
-        out.add_row(row["method"], f"{row['unique']:.1f}", paper, f"{row['coreset']:.1f}", *kept)
+        rule = (f"{row['rule_ms']:.2f} ms", f"{row['of_layer']:.1%}") if row is not first else ("", "")
+        out.add_row(row["method"], f"{row['unique']:.1f}", paper, f"{row['coreset']:.1f}", *kept, *rule)
     return out
 
 
@@ -103,25 +127,56 @@ def measure(scores: Tensor, key: tuple[Any, ...] | None, options: Any) -> Row:
     """Return what one method does with scores [N, L, E]; `key` None stands for the model's own routing."""
     import torch
 
+    weights, ids = scores.topk(TOP_K)
+    used, here = route(scores, key, options)
+    kept = torch.where(here.gather(-1, ids), weights, 0).sum(-1) / weights.sum(-1)
+    return {
+        "unique": _unique(used),
+        "coreset": here[:, 0].sum(-1).float().mean().item(),
+        "kept": kept.mean().item(),
+        "kept_worst": kept.min().item(),
+    }
+
+
+def route(scores: Tensor, key: tuple[Any, ...] | None, options: Any) -> tuple[Tensor, Tensor]:
+    """Return the experts that tokens use, ids [N, L, k], and those they may use, [N, L, E] bool."""
+    import torch
+
     from dmoe_compile.passes.coreset import restrict
     from dmoe_compile.passes.policies import find_policy
 
     weights, ids = scores.topk(TOP_K)
-    inside = torch.ones(len(scores), NUM_EXPERTS, dtype=torch.bool)
-    if key is not None:
-        policy = find_policy(key[0])
-        given = {"weights": weights} if getattr(policy, "needs_weights", False) else {}
-        voting = torch.ones(scores.shape[:2], dtype=torch.bool)
-        inside = policy.coreset(scores, ids, voting, options, **given)
+    if key is None:
+        return ids, torch.ones_like(scores, dtype=torch.bool)
+    policy = find_policy(key[0])
+    given = {"weights": weights} if getattr(policy, "needs_weights", False) else {}
+    inside = policy.coreset(scores, ids, torch.ones_like(ids[..., 0], dtype=torch.bool), options, **given)
     here = inside.unsqueeze(1).expand_as(scores)
-    used = restrict(scores, here).topk(TOP_K).indices
-    kept = torch.where(here.gather(-1, ids), weights, 0).sum(-1) / weights.sum(-1)
-    return {
-        "unique": _unique(used),
-        "coreset": inside.sum(-1).float().mean().item(),
-        "kept": kept.mean().item(),
-        "kept_worst": kept.min().item(),
-    }
+    return restrict(scores, here).topk(TOP_K).indices, here
+
+
+def _compiled(block: Tensor, key: tuple[Any, ...] | None, options: Any) -> Callable[[Tensor], Any]:
+    """Return route() for one block [L, E], its ids alone, through Inductor."""
+    import torch
+
+    def ids(scores: Tensor) -> Tensor:
+        return route(scores, key, options)[0]
+
+    # One function with 21 rules: Dynamo would take them for variants of one compile and give up at the ninth.
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False, isolate_recompiles=True)(ids)
+    compiled(block.unsqueeze(0))
+    return compiled
+
+
+def _extra_ms(routings: Sequence[Callable[[Tensor], Any]], block: Tensor, calls: int) -> list[float]:
+    """Return what each routing takes more than the first, call by call, in ms."""
+    seconds: list[list[float]] = [[] for _ in routings]
+    for _ in range(calls):
+        for each, routing in zip(seconds, routings, strict=True):
+            start = time.perf_counter()
+            routing(block.unsqueeze(0))
+            each.append(time.perf_counter() - start)
+    return [1e3 * median(a - b for a, b in zip(each, seconds[0], strict=True)) for each in seconds]
 
 
 def _methods() -> Iterator[tuple[str, tuple[Any, ...] | None, Any]]:
