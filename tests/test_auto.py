@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from dmoe_compile.passes.auto import Options
-from torch import Tensor
+from dmoe_compile.passes.cost import Verdict
+from torch import Tensor, fx
 
 import dmoe_compile
 import zoo
-from dmoe_compile import Config, calibrate
+from dmoe_compile import Config, backend, calibrate
 from reference_model import Rewriting
 from test_backend import ATEN, BLOCK, INDUCTOR, TinyMoE
 
@@ -110,6 +111,12 @@ def test_with_gradients() -> None:
     torch.testing.assert_close(out, run(model, X, passes=["cover"]), **INDUCTOR)
     out.sum().backward()
     assert model.gate.weight.grad is not None
+
+
+def test_what_pays_is_part_of_what_compiled_code_is_cached_by() -> None:
+    gm, config, notices = fx.symbolic_trace(torch.nn.Identity()), Config(passes="auto"), backend.Notices()
+    pays, does_not = (backend.JointPass(config, gm, notices, [Verdict(each, "")]).uuid() for each in (True, False))
+    assert pays != does_not
 
 
 def test_with_symbolic_sizes() -> None:

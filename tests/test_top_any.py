@@ -164,6 +164,34 @@ def test_experts_that_all_run_are_left_alone() -> None:
     assert outcome.notes[-1] == "top_any leaves it alone: its experts all run on every token"
 
 
+class SoftmaxThenScale(TinyMoE):
+    """Raw logits are ranked, softmaxed after the selection, and each weight is multiplied by its expert's scale."""
+
+    drops = False
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.scale = torch.nn.Parameter(torch.rand(sizes["num_experts"]) + 0.5)
+
+    def route(self, logits: Tensor, batch: int, seq: int) -> tuple[Tensor, Tensor]:
+        values, ids = logits.topk(self.top_k, dim=-1)
+        weights, scale = values.softmax(-1), self.scale[ids]
+        if self.drops:
+            return dropped(weights * scale, scale, RATIO, renormalised=True), ids
+        return weights * scale, ids
+
+
+def test_a_scale_of_each_expert_is_no_score() -> None:
+    """It stays as it is: minus infinity there, times a weight of zero, would be NaN."""
+    model = build(SoftmaxThenScale)
+    options = {"passes": ["top_any"], "top_any.ratio": RATIO, **ATEN}
+    with torch.no_grad():
+        ours, own = torch.compile(model, backend="dmoe", options=options, fullgraph=True)(X), model(X)
+        model.drops = True
+        assert_close(ours, model(X), **INDUCTOR)
+    assert not torch.allclose(ours, own, **INDUCTOR)
+
+
 class Scattering(TinyMoE):
     """Weights go through [T, E] before the experts gather them: a repeated index would overwrite one."""
 
