@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from dmoe_compile.passes.constrain import Tracer
@@ -148,7 +149,12 @@ def _entries(site: Site, path: Sequence[fx.Node]) -> list[fx.Node]:
     """Return the first values [.., k] on the way to the weights that come from the router's scores."""
     pairs = [node for node in path if _is_pairs(site, node)]
     first = [node for node in pairs if not any(parent in pairs for parent in node.all_input_nodes)]
-    return [node for node in first if node.args[0] in path or between(site.logits, node)]
+    return [node for node in first if _is_scored(site, node.args[0])]
+
+
+def _is_scored(site: Site, source: Any) -> bool:
+    """Say whether values come from the router's scores, and not from a parameter, such as a scale of each expert."""
+    return source is site.logits or bool(between(site.logits, source))
 
 
 def _is_pairs(site: Site, node: fx.Node) -> bool:
