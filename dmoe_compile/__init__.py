@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from dmoe_compile.capture import prepare as prepare
     from dmoe_compile.capture import unprepare as unprepare
     from dmoe_compile.config import Config as Config
+    from dmoe_compile.context import Denoising as Denoising
+    from dmoe_compile.context import denoising as denoising
     from dmoe_compile.passes.policies import register_policy as register_policy
     from dmoe_compile.report import Report as Report
     from dmoe_compile.report import explain as explain
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOME = {
     "Config": "config",
+    "Denoising": "context",
     "PrepareReport": "capture",
     "Report": "report",
     "RoutingStats": "runtime",
     "compile": "backend",
+    "denoising": "context",
     "explain": "report",
     "prepare": "capture",
     "register_policy": "passes.policies",
@@ -43,10 +47,12 @@ _HOME = {
 }
 __all__ = [
     "Config",
+    "Denoising",
     "PrepareReport",
     "Report",
     "RoutingStats",
     "compile",
+    "denoising",
     "explain",
     "prepare",
     "register_policy",

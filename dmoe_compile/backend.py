@@ -10,6 +10,7 @@ compile it, with one warning that says why.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
@@ -36,7 +37,9 @@ from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.pipeline import Findings
 from dmoe_compile.passes.policies import Policy, find_policy, policy_names
 from dmoe_compile.passes.sites import Sources
+from dmoe_compile.passes.team import Denoised
 from dmoe_compile.runtime import recorder
+from dmoe_compile.stepwise import Stepwise
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,8 @@ def dmoe(
         return _inductor(gm, example_inputs, patches)
     if _needs_gradient(example_inputs):
         return _compile_joint(gm, example_inputs, config, patches, notices_of(options))
+    if "team" in config.passes:
+        return _compile_stepwise(gm, example_inputs, config, patches, notices_of(options))
     return _compile_inference(gm, example_inputs, config, patches, notices_of(options))
 
 
@@ -101,18 +106,33 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
 
 
 def rewrite(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, notices: Notices
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    config: Config,
+    notices: Notices,
+    step: Denoised | None = None,
+    said: list[Verdict] | None = None,
 ) -> tuple[fx.GraphModule, Findings] | None:
     """Return Dynamo's graph normalised and rewritten by the selected passes, with what they found.
 
     None where the graph can't be read; that, and passes that changed nothing, goes to `notices`.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        config: what to run.
+        notices: what takes the findings.
+        step: the rows that TEAM denoises, with the inputs that this takes; they are counted in any case.
+        said: whether a coreset pays at each site, where that is known.
     """
     try:
         aten, sources = normalise(gm, example_inputs)
         _trace_artifact("dmoe_graph_before", aten)
         settings = Settings(config.block_length, config.max_block_tokens, config.scope)
-        said = calibrate.verdicts(aten, sources, example_inputs, config) if config.auto else None
-        findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=config.stats, verdicts=said)
+        if config.auto and said is None:
+            said = calibrate.verdicts(aten, sources, example_inputs, config)
+        stats = config.stats or step is not None
+        findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=stats, verdicts=said, step=step)
     except Exception as error:
         notices.warn(_unreadable(error))
         return None
@@ -137,11 +157,38 @@ def _compile_inference(
     return _recording(compiled, findings) if findings.num_outputs else compiled
 
 
+def _compile_stepwise(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any], notices: Notices
+) -> Callable[..., Any]:
+    said: list[Verdict] | None = None
+    if config.auto:
+        try:
+            said = calibrate.verdicts(*normalise(gm, example_inputs), example_inputs, config)
+        except Exception as error:
+            notices.warn(_unreadable(error))
+            return _inductor(gm, example_inputs, patches)
+    inputs = list(example_inputs)
+
+    def lower(graph: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
+        with torch._C._DisableAutocast() if graph is not gm else contextlib.nullcontext():
+            return _inductor(graph, fakes, patches)
+
+    def rewritten(step: Denoised | None) -> tuple[fx.GraphModule, Findings] | None:
+        return rewrite(gm, inputs, config, notices, step, said)
+
+    record = recorder.add if config.stats else None
+    stepwise = Stepwise(gm, inputs, rewritten, lower, record, config.selected["team"])
+    inputs[:] = stepwise.fakes or inputs  # a later step is traced on these; the real ones are not held
+    return stepwise
+
+
 def _compile_joint(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any], notices: Notices
 ) -> Callable[..., Any]:
     if config.stats:
         notices.warn("stats=True records nothing where gradients are required; call the model under torch.no_grad()")
+    if "team" in config.passes:
+        notices.warn("team reuses, limits and speculates nothing where gradients are required; use torch.no_grad()")
     if not config.passes:
         return _inductor(gm, example_inputs, patches)
     from torch._inductor import config as inductor_config
@@ -259,7 +306,8 @@ class Notices:
         """Warn where the passes changed nothing in a graph: which module is why, and what to do."""
         reason = getattr(gm, "compile_subgraph_reason", None)
         broken = str(reason.reason) if reason is not None and reason.graph_break else ""
-        message = _complaint(gm, findings, broken)
+        waits = "team" in config.passes and findings.outcomes  # for a decoding context
+        message = "" if waits else _complaint(gm, findings, broken)
         nothing_here = not findings.outcomes and not findings.refusals
         if message and not (broken and self.in_loops) and not (self.in_pieces and nothing_here):
             self.warn(f"{', '.join(config.passes)}: {message} Compiled as plain Inductor would.")

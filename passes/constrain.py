@@ -28,6 +28,7 @@ from dmoe_compile.passes.coreset import (
 )
 from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.inline import Argument, Decompositions, between, inline, size_argument, trace
+from dmoe_compile.passes.limit import COLD, DECODED, HOT, allowed
 from dmoe_compile.passes.sites import Groups, Site, Sources, shape
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -85,16 +86,72 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One denoising step: the graph's input `roles` [B, S] int8 (passes/limit.py), `candidates` rows a sequence."""
+
+    roles: fx.Node
+    candidates: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one forward, [B, S], as a rule sees them.
+
+    `present` are no padding, None where all are; `roles` is None outside of a denoising step.
+    """
+
+    batch: Any
+    seq: Any
+    present: Tensor | None = None
+    roles: Tensor | None = None
+
+    @property
+    def routed(self) -> Tensor | None:
+        """The tokens that are computed, [B, S] bool; None where all are."""
+        computed = None if self.roles is None else self.roles < DECODED
+        if computed is None or self.present is None:
+            return self.present if computed is None else computed
+        return self.present & computed
+
+    @property
+    def heard(self) -> Tensor | None:
+        """The tokens that vote, [B, S] bool; None where all do."""
+        if self.roles is None or self.routed is None:
+            return self.present
+        return self.routed & (self.roles == HOT)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the layout arguments of a rule are besides B and S: an attention mask, the roles of a denoising step."""
+
+    mask: bool
+    step: bool
+    candidates: int
+
+    def read(self, batch: Any, seq: Any, *masks: Tensor) -> Tokens:
+        """Return the tokens that layout_arguments() describe."""
+        present = voting_tokens(seq, masks[0]) if self.mask else None
+        return Tokens(batch, seq, present, masks[-1] if self.step else None)
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where [B, S] of a site's tokens is read: from `rows` [B, S, ...], or T as one row where there is none.
 
-    `mask` is the graph's 2D attention mask [B, at least S], if it has one.
+    `mask` is the graph's 2D attention mask [B, at least S], if it has one; `step` says that these tokens are denoised
+    by TEAM's rules.
     """
 
     rows: fx.Node | None
     batch: Size
     seq: Size
     mask: fx.Node | None
+    step: Step | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.mask is not None, self.step is not None, self.step.candidates if self.step else 1)
 
 
 @dataclass
@@ -145,9 +202,9 @@ def constrain(
     if method.needs_weights and site.weights is None:
         return Outcome(site, False, "the weights that its router gives the chosen experts can't be read")
     own = _own_choice(graph, site) if method.needs_weights else []
-    routing = _Routing(site.top_k, settings, method)
+    routing = _Routing(site.top_k, settings, method, where.kind)
     layout = layout_arguments(graph, site, where)
-    key = (method.key, site.top_k, settings)
+    key = (method.key, site.top_k, settings, where.kind)
     if site.groups is None:
         results = tracer.insert(graph, site.select, routing.ranked, [site.scores, *own, *layout], ("ranked", key))
     else:
@@ -158,11 +215,13 @@ def constrain(
 
 
 def layout_arguments(graph: fx.Graph, site: Site, where: Layout) -> list[Argument]:
-    """Return B, S and the mask, if any, as arguments of a rule that is inlined ahead of the site's selection."""
+    """Return what Layout.kind reads as arguments of a rule that is inlined ahead of the site's selection."""
     if where.rows is None:
         return [1, size_argument(graph, site.select, site.scores, 0)]
     sizes = [size_argument(graph, site.select, where.rows, dim) for dim in (0, 1)]
-    return [*sizes, where.mask] if where.mask is not None else sizes
+    mask = [where.mask] if where.mask is not None else []
+    step = [where.step.roles] if where.step is not None else []
+    return [*sizes, *mask, *step]
 
 
 def voting_tokens(seq: int, mask: Tensor) -> Tensor:
@@ -180,61 +239,75 @@ class _Routing:
     """The rules that are inlined at one site.
 
     Their arguments end in `own`, the ids and weights [T, k] of the model's own choice where the method needs them,
-    and `layout`: B, S, and an attention mask if there is one.
+    and `layout`: B, S, and the masks of `kind`.
     """
 
     top_k: int
     settings: Settings
     method: Method
+    kind: Kind
 
     def ranked(self, scores: Tensor, *own_and_layout: Any) -> tuple[Tensor, ...]:
         """Return what the selection of a router without groups ranks: scores [T, E] or [B, S, E], restricted."""
-        own, blocks = self._read(own_and_layout)
+        own, tokens = self._read(own_and_layout)
         rows = scores.reshape(-1, scores.shape[-1])
-        inside = choose(rows, blocks, self.top_k, self.method.rule, own)
-        ranked = self._unrouted(restrict(rows, inside), inside, blocks).reshape(scores.shape)
-        return (ranked, *self._below(inside, own, blocks))
+        inside = choose(rows, self._blocks(tokens), self.top_k, self.method.rule, own)
+        ranked = restrict(rows, inside)
+        if tokens.roles is not None:
+            ranked = restrict(rows, self._limited(ranked, inside, tokens))
+        return (self._unrouted(ranked, inside, tokens).reshape(scores.shape), *self._below(inside, own, tokens))
 
     def penalised(self, scores: Tensor, *own_and_layout: Any) -> tuple[Tensor, ...]:
         """Return what a group-limited router ranks groups by, and which experts are inside the coresets."""
-        own, blocks = self._read(own_and_layout)
+        own, tokens = self._read(own_and_layout)
         rows = scores.reshape(-1, scores.shape[-1])
-        inside = choose(rows, blocks, self.top_k, self.method.rule, own)
+        inside = choose(rows, self._blocks(tokens), self.top_k, self.method.rule, own)
         lowered = penalise(rows, inside).reshape(scores.shape)
-        return (lowered, inside.reshape(scores.shape), *self._below(inside, own, blocks))
+        return (lowered, inside.reshape(scores.shape), *self._below(inside, own, tokens))
 
     def grouped(self, masked: Tensor, penalised: Tensor, inside: Tensor, *layout: Any) -> Tensor:
         """Return what its selection ranks, from what its group mask made of the penalised scores."""
-        blocks = self._blocks(layout)
-        limited = restrict_groups(masked, penalised, inside, self.top_k)
-        rows = (-1, masked.shape[-1])
-        return self._unrouted(limited.reshape(rows), inside.reshape(rows), blocks).reshape(masked.shape)
+        tokens, shape = self.kind.read(*layout), masked.shape
+        masked, penalised, inside = (each.reshape(-1, shape[-1]) for each in (masked, penalised, inside))
+        ranked = restrict_groups(masked, penalised, inside, self.top_k)
+        if tokens.roles is not None:
+            ranked = restrict_groups(masked, penalised, self._limited(ranked, inside, tokens), self.top_k)
+        return self._unrouted(ranked, inside, tokens).reshape(shape)
 
-    def _unrouted(self, scores: Tensor, inside: Tensor, blocks: Blocks) -> Tensor:
-        """Unroute padding; but where every routed token may use every expert, nothing at all is to change."""
-        if blocks.voting is None:
+    def _limited(self, ranked: Tensor, inside: Tensor, tokens: Tokens) -> Tensor:
+        """Return the coresets, [T, E] bool, with those of cold tokens limited to what the others choose."""
+        assert tokens.heard is not None
+        assert tokens.roles is not None
+        return allowed(ranked, inside, tokens.heard, tokens.roles == COLD, self.kind.candidates, self.top_k)
+
+    def _unrouted(self, scores: Tensor, inside: Tensor, tokens: Tokens) -> Tensor:
+        """Unroute padding and decoded tokens; padding alone only where a coreset restricts anything at all."""
+        if tokens.routed is None:
             return scores
-        routed = blocks.voting.reshape(-1)
+        routed = tokens.routed.reshape(-1)
+        unrouted = unroute(scores, routed, self.top_k)
+        if self.kind.step:
+            return unrouted
         unrestricted = (inside | ~routed.unsqueeze(-1)).all()
-        return torch.where(unrestricted, scores, unroute(scores, routed, self.top_k))
+        return torch.where(unrestricted, scores, unrouted)
 
-    def _below(self, inside: Tensor, own: tuple[Tensor, Tensor] | None, blocks: Blocks) -> tuple[Tensor, ...]:
-        """Count the tokens that a promise is not kept to, if one is made."""
+    def _below(self, inside: Tensor, own: tuple[Tensor, Tensor] | None, tokens: Tokens) -> tuple[Tensor, ...]:
+        """Count the tokens that a promise is not kept to, if one is made; none is made to those that don't vote."""
         if self.method.promise is None or own is None:
             return ()
-        routed = None if blocks.voting is None else blocks.voting.reshape(-1)
-        return (count_below(inside, *own, routed, self.method.promise),)
+        heard = None if tokens.heard is None else tokens.heard.reshape(-1)
+        return (count_below(inside, *own, heard, self.method.promise),)
 
-    def _read(self, args: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor] | None, Blocks]:
+    def _read(self, args: tuple[Any, ...]) -> tuple[tuple[Tensor, Tensor] | None, Tokens]:
         if not self.method.needs_weights:
-            return None, self._blocks(args)
+            return None, self.kind.read(*args)
         ids, weights, *layout = args
-        return (ids.reshape(-1, self.top_k), weights.reshape(-1, self.top_k)), self._blocks(layout)
+        return (ids.reshape(-1, self.top_k), weights.reshape(-1, self.top_k)), self.kind.read(*layout)
 
-    def _blocks(self, layout: Sequence[Any]) -> Blocks:
-        batch, seq, *mask = layout
-        voting = voting_tokens(seq, *mask) if mask else None
-        return Blocks(batch, seq, self.settings.block_length, voting, whole=self.settings.scope == "batch")
+    def _blocks(self, tokens: Tokens) -> Blocks:
+        silent = None if tokens.roles is None else tokens.roles != HOT
+        length, whole = self.settings.block_length, self.settings.scope == "batch"
+        return Blocks(tokens.batch, tokens.seq, length, tokens.present, whole, silent, self.kind.candidates)
 
 
 def _own_choice(graph: fx.Graph, site: Site) -> list[fx.Node]:

@@ -37,6 +37,8 @@ class Blocks:
         length: tokens of a block; the last block of a row may be shorter.
         voting: [B, S] bool, or None where every token votes. A row's first block starts at its first voting token.
         whole: whether all tokens of the forward are one block instead.
+        silent: [B, S] bool, tokens that do not vote though they are part of their block; None where there are none.
+        candidates: rows of one sequence, one after the other: versions of the same blocks, which share coresets.
     """
 
     batch: Any
@@ -44,6 +46,8 @@ class Blocks:
     length: int
     voting: Tensor | None = None
     whole: bool = False
+    silent: Tensor | None = None
+    candidates: int = 1
 
     @property
     def even(self) -> bool:
@@ -66,26 +70,29 @@ class Blocks:
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return [B*S, E] as blocks [N, L, E], and which of their tokens vote, [N, L] bool."""
+        heard = torch.ones(1, 1, dtype=torch.bool, device=x.device) if self.silent is None else ~self.silent
+        heard = heard.expand(self.batch, self.seq)
         if self.whole:
-            voting = torch.ones(1, *x.shape[:1], dtype=torch.bool, device=x.device)
-            return x.unsqueeze(0), voting if self.voting is None else self.voting.reshape(1, -1)
+            voting = heard if self.voting is None else heard & self.voting
+            return x.unsqueeze(0), voting.reshape(1, -1)
         rows = x.reshape(self.batch, self.seq, x.shape[-1])
         if self.even:
-            blocks = rows.reshape(self.batch * self.count, self.tokens, x.shape[-1])
-            return blocks, torch.ones(blocks.shape[:2], dtype=torch.bool, device=x.device)
+            return self._merged(rows), self._merged(heard.unsqueeze(-1)).squeeze(-1)
         slots = torch.arange(self.count * self.tokens, device=x.device) + self._start(x)  # [B or 1, slots]
         here = slots.clamp(max=self.seq - 1).expand(self.batch, self.count * self.tokens)
-        voting = (slots < self.seq).expand_as(here)
+        voting = (slots < self.seq).expand_as(here) & heard.gather(1, here)
         if self.voting is not None:
             voting = voting & self.voting.gather(1, here)
         blocks = rows.gather(1, here.unsqueeze(-1).expand(*here.shape, x.shape[-1]))
-        shape = (self.batch * self.count, self.tokens)
-        return blocks.reshape(*shape, x.shape[-1]), voting.reshape(shape)
+        return self._merged(blocks), self._merged(voting.unsqueeze(-1)).squeeze(-1)
 
     def spread(self, x: Tensor) -> Tensor:
         """Return what [N, E] says of each block as [B*S, E]: for each token what its block has."""
         if self.whole:
             return x.expand(self.batch * self.seq, x.shape[-1])
+        if self.candidates > 1:
+            x = x.reshape(self.batch // self.candidates, 1, self.count, x.shape[-1])
+            x = x.expand(-1, self.candidates, self.count, x.shape[-1])
         rows = x.reshape(self.batch, self.count, x.shape[-1])
         if self.even:
             tokens = rows.unsqueeze(2).expand(self.batch, self.count, self.tokens, x.shape[-1])
@@ -94,6 +101,15 @@ class Blocks:
             block = slots.div(self.tokens, rounding_mode="floor").clamp(min=0).expand(self.batch, self.seq)
             tokens = rows.gather(1, block.unsqueeze(-1).expand(self.batch, self.seq, x.shape[-1]))
         return tokens.reshape(self.batch * self.seq, x.shape[-1])
+
+    def _merged(self, rows: Tensor) -> Tensor:
+        """Return [B, slots, E] as [N, L, E], the candidates of a sequence's block in one."""
+        width = rows.shape[-1]
+        if self.candidates == 1:
+            return rows.reshape(self.batch * self.count, self.tokens, width)
+        sequences, tokens = self.batch // self.candidates, self.candidates * self.tokens
+        blocks = rows.reshape(sequences, self.candidates, self.count, self.tokens, width).transpose(1, 2)
+        return blocks.reshape(sequences * self.count, tokens, width)
 
     def _start(self, x: Tensor) -> Tensor:
         """Return the position of each row's first block, [B or 1, 1] int64."""

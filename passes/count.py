@@ -10,10 +10,11 @@ Left alone: joint graphs, whose outputs are the caller's gradients.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from dmoe_compile.kernels.count_experts import count_experts  # also registers dmoe::count_experts
-from dmoe_compile.passes.constrain import Layout, Tracer, layout_arguments, voting_tokens
+from dmoe_compile.passes.constrain import Kind, Layout, Tracer, layout_arguments
 from dmoe_compile.passes.coreset import are_sound
 from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
@@ -35,8 +36,8 @@ def count_tokens(graph: fx.Graph, sites: Sequence[tuple[Site, Layout, fx.Node | 
     rows: list[fx.Node] = []
     for site, where, below in sites:
         args = [site.ids, site.scores, *layout_arguments(graph, site, where)]
-        key = ("counts", site.num_experts)
-        unique, unsound = tracer.insert(graph, output, _Counts(site.num_experts, site.top_k), args, key)
+        key = ("counts", site.num_experts, where.kind)
+        unique, unsound = tracer.insert(graph, output, _Counts(site.num_experts, site.top_k, where.kind), args, key)
         given = [unique, unsound] if below is None else [unique, unsound, below]
         rows += tracer.insert(graph, output, _row, given, ("row", len(given)))
     (stacked,) = tracer.insert(graph, output, _stack, rows, "stack")
@@ -49,12 +50,14 @@ def count_tokens(graph: fx.Graph, sites: Sequence[tuple[Site, Layout, fx.Node | 
 class _Counts:
     """The rule of one site; an object, so that its numbers are no arguments that would be traced."""
 
-    def __init__(self, num_experts: int, top_k: int) -> None:
+    def __init__(self, num_experts: int, top_k: int, kind: Kind) -> None:
         self.num_experts = num_experts
         self.top_k = top_k
+        self.kind = kind
 
-    def __call__(self, ids: Tensor, scores: Tensor, batch: int, seq: int, *mask: Tensor) -> tuple[Tensor, Tensor]:
-        routed = voting_tokens(seq, *mask).reshape(-1) if mask else None
+    def __call__(self, ids: Tensor, scores: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+        tokens = self.kind.read(*layout)
+        routed = None if tokens.routed is None else tokens.routed.reshape(-1)
         picked = scores.reshape(-1, self.num_experts).float().topk(self.top_k, dim=-1).values
         unsound = ~are_sound(picked)
         unsound = unsound if routed is None else unsound & routed

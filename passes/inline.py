@@ -85,3 +85,13 @@ def between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
             wanted.update(parent for parent in node.all_input_nodes if parent in reached)
         node = node.prev
     return order[::-1]
+
+
+def inserted(start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Return the nodes that stand between two others in the graph's order."""
+    nodes = []
+    node = start.next
+    while node is not end:
+        nodes.append(node)
+        node = node.next
+    return nodes

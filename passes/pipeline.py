@@ -8,14 +8,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from dmoe_compile.passes.constrain import Layout, Method, Outcome, Settings, Tracer, constrain, find_layouts
 from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.count import count_tokens
 from dmoe_compile.passes.inline import Decompositions
 from dmoe_compile.passes.policies import find_policy, policy_names
 from dmoe_compile.passes.sites import Refusal, Site, Sources, find_sites
+from dmoe_compile.passes.team import Denoised, State, add_step, reuse
 from dmoe_compile.passes.top_any import Dropped, drop
-from torch import fx
+from torch import Tensor, fx
 from torch._dynamo.utils import counters
 from torch._inductor.pattern_matcher import stable_topological_sort
 
@@ -26,13 +28,15 @@ log = logging.getLogger(__name__)
 class Findings:
     """What one run of the pipeline found and did.
 
-    `layouts` go with `outcomes`; `num_outputs` is how many outputs were appended to the graph.
+    `layouts` go with `outcomes`; `num_outputs` is how many outputs were appended to the graph, `states` what was
+    appended to its inputs, after those that say which tokens are decoded and cold.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)
     num_outputs: int = 0
+    states: list[State] = field(default_factory=list)
 
     @property
     def rewritten(self) -> int:
@@ -50,6 +54,7 @@ def run(
     decompositions: Decompositions = None,
     joint: bool = False,
     verdicts: Sequence[Verdict] | None = None,
+    step: Denoised | None = None,
 ) -> Findings:
     """Find the sites of `graph`, rewrite them in place, and return what was done; every decision is logged and counted.
 
@@ -62,12 +67,21 @@ def run(
         decompositions: the table that the graph was made with; what is inlined must match.
         joint: the graph holds gradients too.
         verdicts: whether a coreset pays, for every site in its order; None where it is wanted at all of them.
+        step: the rows that TEAM denoises; None in a forward that it leaves alone.
 
     Raises:
         Exception: whatever a rule raises while it is traced; the graph is then as it was.
     """
     findings = rewrite(
-        graph, sources, passes, settings, stats=stats, decompositions=decompositions, joint=joint, verdicts=verdicts
+        graph,
+        sources,
+        passes,
+        settings,
+        stats=stats,
+        decompositions=decompositions,
+        joint=joint,
+        verdicts=verdicts,
+        step=step,
     )
     _count(findings)
     return findings
@@ -83,23 +97,29 @@ def rewrite(
     decompositions: Decompositions = None,
     joint: bool = False,
     verdicts: Sequence[Verdict] | None = None,
+    step: Denoised | None = None,
 ) -> Findings:
     """Do what run() does, in silence."""
     sites, refusals = find_sites(graph, sources)
     tracer = Tracer(decompositions, share=not joint)
     findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
     before = set(graph.nodes)
+    rows = None
     try:
+        if step is not None:
+            findings.layouts, rows = add_step(graph, findings.layouts, step)
         findings.outcomes = _route_all(graph, sites, findings.layouts, verdicts, passes, settings, tracer)
         if "top_any" in passes:
             findings.outcomes = _drop_all(graph, findings.outcomes, passes["top_any"], tracer, joint)
     except Exception:
         _restore(graph, sites, before)
         raise
+    if rows is not None and passes["team"].cache:
+        findings.states = reuse(graph, sites, findings.layouts, rows, tracer)
     if stats and not joint:
         counted = [(outcome.site, outcome.below_promise) for outcome in findings.outcomes]
-        rows = [(site, where, below) for (site, below), where in zip(counted, findings.layouts, strict=True)]
-        findings.num_outputs = count_tokens(graph, rows, tracer)
+        to_count = [(site, where, below) for (site, below), where in zip(counted, findings.layouts, strict=True)]
+        findings.num_outputs = count_tokens(graph, to_count, tracer)
     if findings.rewritten or findings.num_outputs:
         graph.lint()
     return findings
@@ -120,10 +140,11 @@ def _route_all(
     asked: Sequence[Verdict | None] = [None] * len(sites) if verdicts is None else verdicts
     for site, where, verdict in zip(sites, layouts, asked, strict=True):
         outcome = by_selection.get(site.select)
-        if outcome is None and verdict is not None and not verdict.pays:
+        if outcome is None and verdict is not None and not verdict.pays and where.step is None:
             outcome = Outcome(site, False, "a coreset does not pay", notes=(verdict.why,), verdict=verdict)
         elif outcome is None:
-            outcome = _route(graph, site, where, passes, settings, tracer)
+            chosen = passes if verdict is None or verdict.pays else {}
+            outcome = _route(graph, site, where, chosen, settings, tracer)
             notes = (*outcome.notes, verdict.why) if verdict else outcome.notes
             outcome = replace(outcome, verdict=verdict, notes=notes)
         by_selection[site.select] = outcome
@@ -169,9 +190,17 @@ def _route(
     graph: fx.Graph, site: Site, where: Layout, passes: Mapping[str, Any], settings: Settings, tracer: Tracer
 ) -> Outcome:
     """Run the selected coreset method on one site."""
+    outcome = Outcome(site, False, "no pass is selected")
     for name in set(policy_names()).intersection(passes):
-        return constrain(graph, site, where, _method(name, passes[name]), settings, tracer)
-    return Outcome(site, False, "no pass is selected")
+        outcome = constrain(graph, site, where, _method(name, passes[name]), settings, tracer)
+    if where.step is None or outcome.rewritten:
+        return outcome
+    return constrain(graph, site, where, Method(_everything, "everything"), Settings(), tracer)
+
+
+def _everything(scores: Tensor, ids: Tensor, voting: Tensor) -> Tensor:
+    """The coreset where no method is selected."""
+    return torch.ones_like(scores[:, 0], dtype=torch.bool)
 
 
 def _method(name: str, options: Any) -> Method:

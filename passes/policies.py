@@ -29,7 +29,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol
 
-from dmoe_compile.passes import auto, cover, des, dmoe, top_any
+from dmoe_compile.passes import auto, cover, des, dmoe, team, top_any
 from torch import Tensor
 
 GROUP = "dmoe_compile.policies"
@@ -43,7 +43,11 @@ class Policy(Protocol):
 
 
 _OWN: Mapping[str, Policy] = {"dmoe": dmoe, "des": des, "cover": cover}
-_OTHERS: Mapping[str, Any] = {"auto": auto, "top_any": top_any}  # passes that have no coreset rule of their own
+_OTHERS: Mapping[str, Any] = {
+    "auto": auto,
+    "team": team,
+    "top_any": top_any,
+}  # passes that have no coreset rule of their own
 _registered: dict[str, Policy] = {}
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from dmoe_compile.passes.constrain import Tracer
-from dmoe_compile.passes.inline import between
+from dmoe_compile.passes.inline import between, inserted
 from dmoe_compile.passes.sites import Site, packet
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -103,7 +103,7 @@ def drop(graph: fx.Graph, sites: Sequence[Site], options: Options, tracer: Trace
         copies = weights if node in after else experts
         if node not in copies and any(parent in copies for parent in node.all_input_nodes):
             _copy(graph, before, node, copies)
-    return Dropped(ids, [*weights.items(), *experts.items()], {*path, *_inserted(site.weights, before)})
+    return Dropped(ids, [*weights.items(), *experts.items()], {*path, *inserted(site.weights, before)})
 
 
 def _copy(graph: fx.Graph, before: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:
@@ -181,12 +181,3 @@ def _overwrites(node: fx.Node) -> bool:
     if packet(node) is aten.scatter:
         return isinstance(node.args[3], fx.Node)
     return packet(node) is aten.index_put and not (len(node.args) > 3 and node.args[3])
-
-
-def _inserted(start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    nodes = []
-    node = start.next
-    while node is not end:
-        nodes.append(node)
-        node = node.next
-    return nodes

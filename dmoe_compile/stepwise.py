@@ -1,0 +1,151 @@
+"""One Dynamo graph, compiled once for plain forwards and once for each kind of denoising step (the `team` pass).
+
+A plain forward is what it would be without TEAM: no state, no masks, Inductor's own graph where no other pass runs. A
+forward that a decoding context describes (context.py) runs a graph with more inputs: roles, rows, and the stored expert
+outputs of every site. Each is compiled when it is first needed, in the tracing context that Dynamo left, so that sizes
+are the same symbols.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+
+from dmoe_compile import context as contexts
+from dmoe_compile.passes.constrain import Layout
+from dmoe_compile.passes.pipeline import Findings
+from dmoe_compile.passes.team import Denoised, Options
+
+Compiled = Callable[..., Any]
+Rewrite = Callable[[Denoised | None], "tuple[fx.GraphModule, Findings] | None"]
+Lower = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
+
+
+class Stepwise:
+    """What the backend returns for a graph with TEAM; call it with the graph's inputs.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        rewrite: makes the rewritten graph, plain or for a denoising step; None where the graph can't be read.
+        lower: compiles a graph for fake inputs.
+        record: takes the names of the sites and their counts in every forward that counts.
+        options: of the pass.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        rewrite: Rewrite,
+        lower: Lower,
+        record: Callable[[Sequence[str], Tensor], None] | None,
+        options: Options,
+    ) -> None:
+        self._rewrite, self._lower, self._record, self._options = rewrite, lower, record, options
+        self._tracing = TracingContext.get()
+        self._steps: dict[Denoised, _Step] = {}
+        self._sizes: list[tuple[Any, Any]] = []
+        self._symbols: dict[Any, int] = {}
+        self._plain: Compiled
+        plain = rewrite(None)
+        if plain is None:
+            self.fakes, self._plain = [], lower(gm, example_inputs)
+            return
+        aten, findings = plain
+        values = [node.meta.get("val") for node in aten.graph.find_nodes(op="placeholder")]
+        self.fakes = [real if value is None else value for value, real in zip(values, example_inputs, strict=True)]
+        self._symbols = {x.node.expr: i for i, x in enumerate(values) if isinstance(x, torch.SymInt)}
+        self._sizes = [_size(layout) for layout in findings.layouts]
+        wanted = self._wanted(example_inputs)
+        if wanted is not None:
+            self._step(wanted)  # now, while Dynamo still takes guards
+        if findings.rewritten or findings.num_outputs:
+            self._plain = self._counted(lower(aten, self.fakes), findings)
+        else:
+            self._plain = lower(gm, example_inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        wanted = self._wanted(args) if self._sizes else None
+        return self._plain(*args) if wanted is None else self._step(wanted)(*args)
+
+    def _wanted(self, args: Sequence[Any]) -> Denoised | None:
+        """Return which rows of the graph the current context denoises, None where the forward is plain."""
+        context = contexts.current()
+        rows = None if context is None else context.rows()
+        if rows is None:
+            return None
+        *size, candidates = rows
+        for i, dims in enumerate(self._sizes):
+            if [self._number(dim, args) for dim in dims] == size:
+                return Denoised(i, candidates)
+        return None
+
+    def _number(self, dim: Any, args: Sequence[Any]) -> int | None:
+        """Return a size of this call."""
+        if not isinstance(dim, torch.SymInt):
+            return dim
+        known = {symbol: sympy.Integer(int(args[i])) for symbol, i in self._symbols.items()}
+        value = sympy.sympify(dim.node.expr).xreplace(known)
+        return int(value) if value.is_number else None
+
+    def _step(self, wanted: Denoised) -> _Step:
+        if wanted not in self._steps:
+            env = self._tracing.fake_mode.shape_env if self._tracing.fake_mode else None
+            guards = len(env.guards) if env else 0
+            with tracing(self._tracing):
+                rewritten = self._rewrite(wanted)
+                assert rewritten is not None, "the plain graph could be read"
+                aten, findings = rewritten
+                inputs = [node.meta["val"] for node in aten.graph.find_nodes(op="placeholder")[len(self.fakes) :]]
+                compiled = self._lower(aten, [*self.fakes, *inputs])
+            if TracingContext.try_get() is None and env is not None and len(env.guards) > guards:
+                raise AssertionError("a guard was added that Dynamo does not check any more")
+            self._steps[wanted] = _Step(compiled, findings, inputs, self._record, self._options)
+        return self._steps[wanted]
+
+    def _counted(self, compiled: Compiled, findings: Findings) -> Compiled:
+        """Return `compiled` without its last output, the counts, which are recorded."""
+        if not findings.num_outputs:
+            return compiled
+        names = [outcome.site.name for outcome in findings.outcomes]
+
+        def call(*args: Any) -> Any:
+            *outputs, counts = compiled(*args)
+            if self._record:
+                self._record(names, counts)
+            return outputs
+
+        return call
+
+
+class _Step:
+    """A compiled denoising step."""
+
+    def __init__(
+        self, compiled: Compiled, findings: Findings, inputs: Sequence[Tensor], record: Any, options: Options
+    ) -> None:
+        self.compiled, self.record, self.options = compiled, record, options
+        self.names = [outcome.site.name for outcome in findings.outcomes]
+        self.states = [(state.site, state.weights) for state in findings.states]
+        self.device, self.likes = inputs[0].device, inputs[2:]
+
+    def __call__(self, *args: Any) -> Any:
+        context = contexts.current()
+        assert context is not None
+        sites = [(name, args[weights]) for name, weights in self.states]
+        roles = context.roles(cache=self.options.cache, limit=self.options.limit).to(self.device)
+        *outputs, counts = self.compiled(*args, *context.inputs(sites, self.likes, roles))
+        context.done(sites, self.names, counts)
+        if self.record:
+            self.record(self.names, counts)
+        return outputs
+
+
+def _size(layout: Layout) -> tuple[Any, Any]:
+    return (layout.batch, layout.seq) if layout.rows is not None else (None, None)

@@ -1,0 +1,161 @@
+"""TEAM inside a graph: decoded tokens take the expert outputs of the last forward, cold ones stay among the hot ones'.
+
+    out: [T, H] = combine(experts(hidden, ids, weights))   ->   where(decoded, stored[rows], out), and is stored
+    ids: [T, k] = topk(scores)                             ->   topk(scores inside N, for cold tokens)
+
+`roles`, which says who is decoded or cold, `rows` and `stored` are inputs that a decoding context gives at every call
+(dmoe_compile/context.py).
+A decoded token does not vote and activates no expert of its own: it is pointed at experts that are read anyway.
+N is what hot tokens choose (passes/limit.py).
+Left alone: joint graphs, and forwards and sites whose rows are not those that the context denoises.
+
+Source: TEAM, arXiv 2602.08404: delayed caching and limited activation. Speculative exploration is in decoding.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from dmoe_compile.passes.constrain import Layout, Step, Tracer
+from dmoe_compile.passes.inline import inserted
+from dmoe_compile.passes.limit import DECODED
+from dmoe_compile.passes.sites import Site
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the `team` pass.
+
+    Attributes:
+        cache: decoded tokens reuse the expert outputs of the last forward.
+        limit: cold tokens choose among the experts that others use.
+        speculate: several candidate blocks run in one forward (dmoe_compile.generate).
+        distance: a masked token farther than this from every known token, in positions, may be cold.
+        confidence: a masked token at least this sure at the last step is not cold.
+        candidates: masked tokens that are speculated on, 1 or 2, which makes 2 or 4 candidate blocks.
+    """
+
+    cache: bool = True
+    limit: bool = True
+    speculate: bool = True
+    distance: int = 3
+    confidence: float = 0.7
+    candidates: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("cache", "limit", "speculate"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"team.{name}={getattr(self, name)!r} must be True or False")
+        distance = None if isinstance(self.distance, bool) else self.distance
+        if not isinstance(distance, int) or distance < 0:
+            raise ValueError(f"team.distance={self.distance!r} must be an integer of at least 0: positions; 3 is usual")
+        confidence = None if isinstance(self.confidence, bool) else self.confidence
+        if not isinstance(confidence, int | float) or not 0 <= confidence <= 1:
+            raise ValueError(f"team.confidence={self.confidence!r} must be a probability, in [0, 1]; 0.7 is usual")
+        if isinstance(self.candidates, bool) or self.candidates not in (1, 2):
+            raise ValueError(
+                f"team.candidates={self.candidates!r} must be 1 or 2: how more are verified is not defined"
+            )
+
+    def all_experts(self) -> Options:
+        """Return the options under which the rule runs in full and changes nothing: outside a context it does not."""
+        return self
+
+
+def reused(out: Tensor, stored: Tensor, rows: Tensor, roles: Tensor) -> Tensor:
+    """Return expert outputs with those of decoded tokens replaced by what was stored.
+
+    Args:
+        out: T*H elements with H last, this forward's.
+        stored: [R, S, H], the last forward's, row by row.
+        rows: [R] int64, the row of `stored` that each row goes on from.
+        roles: [R, S] int8.
+    """
+    kept = torch.where((roles == DECODED).unsqueeze(-1), stored.index_select(0, rows), out.reshape(stored.shape))
+    return kept.reshape(out.shape)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Which rows TEAM denoises: those of the graph's site number `site`, `candidates` of them for each sequence."""
+
+    site: int
+    candidates: int
+
+
+@dataclass(frozen=True)
+class State:
+    """The stored outputs of one site: an input of the graph, [R, S, H], and which input holds its experts' weights."""
+
+    site: str
+    weights: int
+    stored: fx.Node
+
+
+def add_step(graph: fx.Graph, layouts: Sequence[Layout], rows: Denoised) -> tuple[list[Layout], fx.Node]:
+    """Append the inputs roles [R, S] int8 and rows [R] int64, the stored row that each goes on from, to a graph.
+
+    Returns the layouts, those of the denoised rows with the step in them, and the input `rows`.
+    """
+    first = layouts[rows.site]
+    roles = _input(graph, "dmoe_roles", (first.batch, first.seq), torch.int8, first)
+    sources = _input(graph, "dmoe_rows", (first.batch,), torch.int64, first)
+    step = Step(roles, rows.candidates)
+    return [replace(layout, step=step) if _alike(layout, first) else layout for layout in layouts], sources
+
+
+def reuse(
+    graph: fx.Graph, sites: Sequence[Site], layouts: Sequence[Layout], rows: fx.Node, tracer: Tracer
+) -> list[State]:
+    """Give the sites of the denoised rows their stored outputs for decoded tokens, and store what then comes out."""
+    inputs = graph.find_nodes(op="placeholder")
+    states = []
+    for i, (site, where) in enumerate(zip(sites, layouts, strict=True)):
+        if where.step is None:
+            continue
+        value = site.combine.meta["val"]
+        size = (where.batch, where.seq, value.shape[-1])
+        stored = _input(graph, f"dmoe_stored_{i}", size, value.dtype, where)
+        args = [site.combine, stored, rows, where.step.roles]
+        before = site.combine.next
+        (out,) = tracer.insert(graph, before, reused, args, "reused")
+        _replace(site.combine, out, inserted(site.combine, before))
+        (row_by_row,) = tracer.insert(graph, graph.output_node(), torch.Tensor.reshape_as, [out, stored], "as rows")
+        with graph.inserting_before(graph.output_node()):
+            copied = graph.call_function(torch.ops.aten.copy_.default, (stored, row_by_row))
+        copied.meta["val"] = stored.meta["val"]
+        states.append(State(site.name, inputs.index(site.expert_weights[0]), stored))
+    return states
+
+
+def _replace(old: fx.Node, new: fx.Node, stay: Sequence[fx.Node]) -> None:
+    """Let all read `new` instead of `old` but those that stay."""
+    old.replace_all_uses_with(new, delete_user_cb=lambda user: user not in stay)
+
+
+def _input(graph: fx.Graph, name: str, size: Sequence[Any], dtype: torch.dtype, like: Layout) -> fx.Node:
+    """Append an input that nothing guards: its address stays, so that CUDA graphs need not copy it."""
+    assert like.rows is not None
+    value: Tensor = like.rows.meta["val"]
+    mode = detect_fake_mode(value)
+    assert mode is not None, "the graph's values are not fake"
+    *_, last = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    with mode:
+        node.meta["val"] = torch.empty(tuple(size), dtype=dtype, device=value.device)
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node._dynamo_source = None  # as Dynamo's own inputs have one
+    return node
+
+
+def _alike(layout: Layout, other: Layout) -> bool:
+    if layout.rows is None:
+        return False
+    return statically_known_true(layout.batch == other.batch) and statically_known_true(layout.seq == other.seq)
