@@ -1,0 +1,398 @@
+"""Block-diffusion decoding with a KV cache, and TEAM's decoder on top of it.
+
+    prompt -> prefill (its complete blocks)
+    block:   [prompt tail | mask ...] -> denoise, denoise, ... -> store its keys and values -> next block
+
+Tokens are committed by diffusers' BlockRefinementScheduler. What it lacks is here: the cache, the masks of the blocks,
+rows of different lengths, and TEAM's candidates with their verification (Options of passes/team.py).
+
+The model: any whose forward takes input_ids, a 4D attention mask, position_ids and a transformers Cache, and predicts
+the token at each position itself (no shift).
+
+B: sequences; C: candidate rows a sequence; L: block length; V: vocabulary; P: positions in the cache
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dmoe_compile.context import Denoising
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
+
+    from dmoe_compile.passes.team import Options
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and committed.
+
+    Attributes:
+        mask_token_id: the id of a token that is not known yet.
+        block_length: tokens that are denoised together, L.
+        steps: denoising steps of a block; with fewer than L, at least L / steps tokens are committed in each.
+        threshold: tokens that are surer than this are committed at once; above 1 the schedule alone decides.
+        temperature: 0 is greedy.
+        top_k, top_p: what is sampled from, at temperatures above 0.
+        editing_threshold: committed tokens change where the model is surer than this of another; None never.
+        eos_token_ids: a sequence ends with the block in which one of these comes first.
+    """
+
+    mask_token_id: int
+    block_length: int = 32
+    steps: int = 32
+    threshold: float = 0.9
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    editing_threshold: float | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("block_length", "steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        if self.mask_token_id < 0:
+            raise ValueError(f"mask_token_id={self.mask_token_id!r} must be a token id")
+        if not self.threshold > 0:
+            raise ValueError(f"threshold={self.threshold!r} must be above 0: a probability; 0.9 is usual")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature={self.temperature!r} must be at least 0, which is greedy")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k!r} must be at least 1, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p!r} must be in (0, 1], or None")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward of a block did.
+
+    Attributes:
+        block: number of the block, from the first that is generated.
+        step: denoising step inside it.
+        kind: "prefill", "first", "denoise" (one candidate), "speculate" or "store".
+        input_ids: [B, C, S] that went in.
+        committed: [B, L] bool, positions that became known in this step.
+        choice: [B], the candidate that went on, all 0 where there was one.
+        decoded, cold: [B, L] bool, what the context was told.
+    """
+
+    block: int
+    step: int
+    kind: str
+    input_ids: Tensor
+    committed: Tensor | None = None
+    choice: Tensor | None = None
+    decoded: Tensor | None = None
+    cold: Tensor | None = None
+
+
+@dataclass
+class _Block:
+    """A block in the middle of its denoising.
+
+    `ids` [B, L] are known so far; `seen` [B, L] what the accepted candidate's last forward read; `tokens`,
+    `confidence` [B, L] what it predicted; `wide` is the cache with a row for every candidate.
+    """
+
+    number: int
+    ids: Tensor
+    prompt: Tensor
+    seen: Tensor | None = None
+    tokens: Tensor | None = None
+    confidence: Tensor | None = None
+    wide: DynamicCache | None = None
+
+
+class Decoder:
+    """One decoding of a batch; iterate over blocks().
+
+    Args:
+        forward: the model, compiled or not.
+        input_ids: [B, up to the longest prompt] int64.
+        lengths: tokens of each prompt; the others at its end are not read.
+        new_tokens: tokens to generate at least; whole blocks are generated.
+        sampling: how tokens are chosen.
+        team: TEAM's options, None to decode without.
+        generator: of sampling.
+        watch: is told of every forward.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        input_ids: Tensor,
+        lengths: Sequence[int],
+        new_tokens: int,
+        sampling: Sampling,
+        team: Options | None = None,
+        generator: torch.Generator | None = None,
+        watch: Callable[[Step], None] | None = None,
+    ) -> None:
+        from diffusers import BlockRefinementScheduler
+        from transformers import DynamicCache
+
+        self.forward, self.sampling, self.team = forward, sampling, team
+        self.generator, self.watch = generator, watch or (lambda _: None)
+        self.context = Denoising()
+        self.cache: DynamicCache = DynamicCache()
+        scheduler: Any = BlockRefinementScheduler  # its decorators hide its types
+        self.scheduler = scheduler(sampling.block_length, sampling.steps, sampling.threshold)
+        self.scheduler.set_timesteps(sampling.steps, device=input_ids.device)
+        length, lengths = sampling.block_length, list(lengths)
+        full = [each // length for each in lengths]
+        blocks = max(-(-(each + new_tokens) // length) - count for each, count in zip(lengths, full, strict=True))
+        self.first = max(full) * length  # the column of the first block that is generated
+        self.padding = torch.tensor([self.first - count * length for count in full], device=input_ids.device)
+        self.ids = input_ids.new_full((len(lengths), self.first + blocks * length), sampling.mask_token_id)
+        self.prompt = torch.zeros_like(self.ids, dtype=torch.bool)
+        for row, (each, pad) in enumerate(zip(lengths, self.padding.tolist(), strict=True)):
+            self.ids[row, pad : pad + each] = input_ids[row, :each]
+            self.prompt[row, pad : pad + each] = True
+        self.finished = torch.zeros(len(lengths), dtype=torch.bool, device=input_ids.device)
+
+    @torch.no_grad()
+    def blocks(self) -> Iterator[Tensor]:
+        """Decode block by block; yield each one's ids [B, L] once it is finished."""
+        try:
+            if self.first:
+                self._plain("prefill", -1, 0, 0, self.first)
+            for number, start in enumerate(range(self.first, self.ids.shape[1], self.sampling.block_length)):
+                yield self._block(number, start)
+                if self.finished.all():
+                    break
+        finally:
+            self.context.close()
+
+    def _block(self, number: int, start: int) -> Tensor:
+        end = start + self.sampling.block_length
+        block = _Block(number, self.ids[:, start:end].clone(), self.prompt[:, start:end])
+        step = 0
+        while step < self.sampling.steps and bool((self._masked(block.ids) & ~self.finished.unsqueeze(-1)).any()):
+            if self.team is not None and self.team.speculate and block.seen is not None:
+                self._speculate(block, start, step)
+            else:
+                self._denoise(block, start, step)
+            step += 1
+        if (left := self._masked(block.ids)).any():
+            assert block.tokens is not None or self.finished.any()
+            block.ids = torch.where(left, block.ids if block.tokens is None else block.tokens, block.ids)
+        self.ids[:, start:end] = block.ids
+        self._plain("store", number, step, start, end)
+        new = ~block.prompt & ~self.finished.unsqueeze(-1)
+        stops = torch.tensor(self.sampling.eos_token_ids, device=block.ids.device)
+        self.finished |= (torch.isin(block.ids, stops) & new).any(1)
+        return block.ids
+
+    def _plain(self, kind: str, number: int, step: int, start: int, end: int) -> None:
+        """Run what is known through the model for its keys and values."""
+        self.context.plain()
+        ids = self.ids[:, start:end]
+        self._run(ids, self.cache, start)
+        self.watch(Step(number, step, kind, ids.unsqueeze(1)))
+
+    def _denoise(self, block: _Block, start: int, step: int) -> None:
+        """One forward with one candidate."""
+        before = block.ids
+        decoded, cold = self._masks(block, before)
+        self._describe(decoded, cold, start, 1)
+        logits = self._run(before, self.cache, start)
+        self.cache = self._without_block(self.cache)
+        block.ids, block.tokens, block.confidence, _ = self._commit(logits, before, block.prompt, step)
+        block.seen = before
+        choice = torch.zeros(len(before), dtype=torch.int64)
+        kind = "first" if decoded is None and self.team is not None else "denoise"
+        committed = self._masked(before) & ~self._masked(block.ids)
+        self.watch(Step(block.number, step, kind, before.unsqueeze(1), committed, choice, decoded, cold))
+
+    def _speculate(self, block: _Block, start: int, step: int) -> None:
+        """One forward with candidates that fill in the most confident masked tokens, and the verdict on them."""
+        assert self.team is not None
+        assert block.tokens is not None
+        block.wide = self._widened() if block.wide is None else block.wide
+        before = block.ids
+        places = self._most_confident(block)  # [B, team.candidates]
+        guessed = block.tokens.gather(1, places)
+        candidates = _candidates(before, places, guessed, self._masked(before))  # [B, C, L]
+        count = candidates.shape[1]
+        decoded, cold = self._masks(block, candidates[:, -1], places)
+        self._describe(decoded, cold, start, count)
+        logits = self._run(candidates.flatten(0, 1), block.wide, start)
+        block.wide = self._without_block(block.wide)
+        prompt = block.prompt.repeat_interleave(count, 0)
+        results = self._commit(logits, candidates.flatten(0, 1), prompt, step)
+        ids, tokens, confidence, moved = (each.unflatten(0, (-1, count)) for each in results)
+        predicted = torch.where(self._masked(candidates), tokens, candidates)
+        choice = verify(predicted, moved, places)
+        self.context.accept(choice)
+        rows = torch.arange(len(choice), device=choice.device)
+        block.ids, block.tokens, block.confidence = (each[rows, choice] for each in (ids, tokens, confidence))
+        block.seen = candidates[rows, choice]
+        committed = self._masked(before) & ~self._masked(block.ids)
+        self.watch(Step(block.number, step, "speculate", candidates, committed, choice, decoded, cold))
+
+    def _describe(self, decoded: Tensor | None, cold: Tensor | None, start: int, candidates: int) -> None:
+        """Tell the context what the next forward denoises."""
+        if self.team is None:
+            return
+        shape = (len(self.ids), self.sampling.block_length)
+        finished = self.finished if bool(self.finished.any()) else None
+        self.context.step(decoded, cold, finished=finished, shape=shape, offset=start, candidates=candidates)
+
+    def _masks(
+        self, block: _Block, filled: Tensor, places: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the tokens that are decoded and those that are cold, [B, L] bool; None in the first forward.
+
+        Args:
+            block: as the last forward left it.
+            filled: [B, L], its ids with all speculated tokens in.
+            places: [B, n], positions that are speculated on.
+        """
+        if self.team is None or block.seen is None or block.confidence is None:
+            return None, None
+        decoded = ~self._masked(block.seen)
+        cold = self._masked(block.ids) & (_distance(~self._masked(filled)) > self.team.distance)
+        cold &= block.confidence < self.team.confidence
+        if places is not None:
+            cold = cold.scatter(1, places, False)
+        return decoded, cold
+
+    def _most_confident(self, block: _Block) -> Tensor:
+        """Return the positions of the most confident masked tokens, best first, [B, team.candidates]."""
+        assert self.team is not None
+        assert block.confidence is not None
+        sure = torch.where(self._masked(block.ids), block.confidence.float(), -torch.inf)
+        return sure.topk(min(self.team.candidates, sure.shape[1]), dim=1).indices
+
+    def _commit(self, logits: Tensor, ids: Tensor, prompt: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ids after one step, predicted tokens, their probabilities, and what was committed, all [R, L]."""
+        s = self.sampling
+        results = []
+        editing = s.editing_threshold is not None and s.editing_threshold > 0
+        together = not editing or bool((prompt == prompt[:1]).all())  # the scheduler takes one prompt mask
+        for rows in [slice(None)] if together else [slice(row, row + 1) for row in range(len(ids))]:
+            out = self.scheduler.step(
+                logits[rows],
+                step,
+                ids[rows],
+                mask_token_id=s.mask_token_id,
+                temperature=s.temperature,
+                top_k=s.top_k,
+                top_p=s.top_p,
+                threshold=s.threshold,
+                editing_threshold=s.editing_threshold,
+                prompt_mask=prompt[rows][0],
+                generator=self.generator,
+            )
+            results.append((out.prev_sample, out.sampled_tokens, out.sampled_probs, out.transfer_index))
+        parts = [torch.cat(each) for each in zip(*results, strict=True)]
+        return parts[0], parts[1], parts[2], parts[3]
+
+    def _run(self, ids: Tensor, cache: DynamicCache, start: int) -> Tensor:
+        """Return the logits [R, S, V] of rows that stand at column `start`; their keys and values go into the cache."""
+        count = len(ids) // len(self.ids)
+        columns = torch.arange(start, start + ids.shape[1], device=ids.device)
+        padding = self.padding.repeat_interleave(count)
+        positions = (columns - padding.unsqueeze(-1)).clamp(min=0)
+        mask = self._attention(columns, padding, self._dtype())
+        _mark_sizes(cache, mask, ids, positions)
+        arguments = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        logits: Tensor = self.context.run(self.forward, input_ids=ids, **arguments).logits
+        return logits
+
+    def _attention(self, columns: Tensor, padding: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the block-causal mask [R, 1, S, P + S] that is added to attention scores."""
+        keys = torch.arange(int(columns[-1]) + 1, device=columns.device)
+        length = self.sampling.block_length
+        seen = (keys // length <= (columns // length).unsqueeze(-1)) & (keys >= padding[:, None, None])
+        seen |= keys == columns.unsqueeze(-1)  # padding sees itself: a row that sees nothing would be NaN
+        return (
+            torch.zeros(seen.shape, dtype=dtype, device=columns.device)
+            .masked_fill(~seen, torch.finfo(dtype).min)
+            .unsqueeze(1)
+        )
+
+    def _dtype(self) -> torch.dtype:
+        owner = getattr(self.forward, "__self__", self.forward)
+        return getattr(owner, "dtype", torch.float32)
+
+    def _widened(self) -> DynamicCache:
+        """Return a copy of the cache with a row for every candidate."""
+        assert self.team is not None
+        wide = copy.deepcopy(self.cache)
+        if wide.get_seq_length():
+            wide.batch_repeat_interleave(2**self.team.candidates)
+        return wide
+
+    def _without_block(self, cache: DynamicCache) -> DynamicCache:
+        """Return a cache without the block that was just denoised; an empty one is new, as one of length 0 is not."""
+        if cache.get_seq_length() == self.sampling.block_length:
+            return type(cache)()
+        cache.crop(-self.sampling.block_length)
+        return cache
+
+    def _masked(self, ids: Tensor) -> Tensor:
+        return ids == self.sampling.mask_token_id
+
+
+def verify(predicted: Tensor, moved: Tensor, places: Tensor) -> Tensor:
+    """Return the candidate of each sequence that the next step goes on from, [B] int64.
+
+    Args:
+        predicted: [B, C, L], what each candidate predicts; where it was given a token, that token.
+        moved: [B, C, L] bool, what each candidate commits.
+        places: [B, n], the positions that were filled in: the first in candidate 1, the second in 2, both in 3.
+    """
+
+    def agrees(one: int, other: int, place: int) -> Tensor:
+        at = places[:, place : place + 1]
+        first, second = predicted[:, one].gather(1, at), predicted[:, other].gather(1, at)
+        return (moved[:, one].gather(1, at) & (first == second)).squeeze(1)
+
+    first = agrees(0, 1, 0)
+    choice = first.long()
+    if predicted.shape[1] == 2:
+        return choice
+    second = agrees(0, 2, 1)
+    both = (first & second) | (first & agrees(1, 2, 1)) | (second & agrees(2, 1, 0))
+    choice = torch.where(~first & second, 2, choice)
+    return torch.where(both, 3, choice)
+
+
+def _candidates(ids: Tensor, places: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+    """Return the candidates of each block, [B, C, L]: as it is, with the first token, the second, both."""
+    rows = [ids]
+    for i in range(places.shape[1]):
+        at = places[:, i : i + 1]
+        token = torch.where(masked.gather(1, at), tokens[:, i : i + 1], ids.gather(1, at))
+        rows += [row.scatter(1, at, token) for row in rows]
+    return torch.stack(rows, 1)
+
+
+def _distance(known: Tensor) -> Tensor:
+    """Return how far each position is from the nearest known one, [B, L] int64; L where none is known."""
+    length = known.shape[1]
+    places = torch.arange(length, device=known.device)
+    apart = (places.unsqueeze(0) - places.unsqueeze(1)).abs()
+    return torch.where(known.unsqueeze(1), apart, length).amin(-1)
+
+
+def _mark_sizes(cache: DynamicCache, mask: Tensor, *others: Tensor) -> None:
+    """Tell Dynamo that the cache grows and rows don't: one graph for all lengths, not one each until it gives up."""
+    stored = [each for layer in cache.layers for each in (layer.keys, layer.values) if isinstance(each, Tensor)]
+    stored = [each for each in stored if each.dim() == 4]
+    for each in (mask, *others, *stored):
+        torch._dynamo.mark_static(each, 0)
+    for each in stored:
+        torch._dynamo.maybe_mark_dynamic(each, 2)
+    torch._dynamo.maybe_mark_dynamic(mask, 3)
