@@ -16,6 +16,7 @@ from dmoe_compile import auto_prepare, backend
 from dmoe_compile.config import Config
 from dmoe_compile.passes.constrain import Outcome
 from dmoe_compile.passes.cost import formula
+from dmoe_compile.passes.policies import policy_names
 from dmoe_compile.passes.sites import Refusal
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class Report:
         refused: module or op, and why it is no site or was left alone.
         warnings: what a compile would warn of.
         graphs: Dynamo graphs that the forward fell into; more than one means graph breaks.
-        verified: with verify=True, whether a coreset of all experts gave the same bits as no pass; None
-            where it was not asked for, or no site was rewritten that could be held against it.
+        verified: with verify=True, whether a coreset of all experts, without other passes, gave the same bits as no
+            pass; None where it was not asked for, or no site was rewritten that could be held against it.
         cost_model: with passes="auto", what decides, as a formula in T, k, U ...; each site has its numbers in `notes`
             or `reason`.
     """
@@ -204,8 +205,10 @@ def _compile(model: Any, **kwargs: Any) -> Any:
 
 def _verify(model: Any, config: Config, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool | None:
     """Compare a coreset of all experts with no pass, both through Inductor in its default mode."""
-    selected = config.selected
-    if not all(hasattr(options, "all_experts") for options in selected.values()):
+    # top_any and team are no coreset methods: with nothing to drop or reuse they still add to what Inductor fuses, and
+    # so to where it rounds.
+    selected = {name: options for name, options in config.selected.items() if name in policy_names()}
+    if not selected or not all(hasattr(options, "all_experts") for options in selected.values()):
         return None  # a policy of somebody else's, which need not say
     everything = {name: options.all_experts() for name, options in selected.items()}
     passes = tuple(everything)  # "auto" would see that nothing is gained

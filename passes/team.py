@@ -63,10 +63,6 @@ class Options:
                 f"team.candidates={self.candidates!r} must be 1 or 2: how more are verified is not defined"
             )
 
-    def all_experts(self) -> Options:
-        """Return the options under which the rule runs in full and changes nothing: outside a context it does not."""
-        return self
-
 
 def reused(out: Tensor, stored: Tensor, rows: Tensor, roles: Tensor) -> Tensor:
     """Return expert outputs with those of decoded tokens replaced by what was stored.

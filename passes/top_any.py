@@ -58,10 +58,6 @@ class Options:
                 "weight; 0.25 is moderate"
             )
 
-    def all_experts(self) -> Options:
-        """Return the options under which the rule runs in full and changes nothing."""
-        return Options(ratio=0.0)
-
 
 @dataclass(frozen=True)
 class Dropped:

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+import dmoe_compile
 import forms
 import rewriting
 import zoo
+from dmoe_compile import Config
 from reference_model import Rewriting
 from test_backend import ATEN, BLOCK, INDUCTOR, TinyMoE
 
@@ -254,3 +256,10 @@ def test_a_token_that_is_no_number_keeps_to_itself() -> None:
 def test_bad_options_are_refused(ratio: Any) -> None:
     with pytest.raises(ValueError, match=r"top_any.ratio=.* must be a number in \[0, 1\]"):
         Options(ratio)
+
+
+def test_verifying_is_about_coresets() -> None:
+    model, config = build(), Config.from_options({"passes": ["top_any"], **ATEN})
+    assert dmoe_compile.explain(model, X, config=config, verify=True).verified is None
+    config = Config.from_options({"passes": ["top_any", "dmoe"], **ATEN})
+    assert dmoe_compile.explain(model, X, config=config, verify=True).verified
