@@ -111,6 +111,7 @@ def test_a_batch_decodes_as_its_sequences_alone(tmp_path: Path) -> None:
         assert torch.equal(ids[: alone.ids.shape[1]], alone.ids[0])
 
 
+@pytest.mark.nightly
 def test_team_decodes_a_batch_as_its_sequences_alone(tmp_path: Path) -> None:
     """Nothing of one sequence is limited, served or chosen by another's."""
     compiled = partial(torch.compile, backend="dmoe", fullgraph=True, isolate_recompiles=True)
