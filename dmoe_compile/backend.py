@@ -160,13 +160,11 @@ def _compile_inference(
 def _compile_stepwise(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any], notices: Notices
 ) -> Callable[..., Any]:
-    said: list[Verdict] | None = None
-    if config.auto:
-        try:
-            said = calibrate.verdicts(*normalise(gm, example_inputs), example_inputs, config)
-        except Exception as error:
-            notices.warn(_unreadable(error))
-            return _inductor(gm, example_inputs, patches)
+    try:
+        said = _verdicts(gm, example_inputs, config)
+    except Exception as error:
+        notices.warn(_unreadable(error))
+        return _inductor(gm, example_inputs, patches)
     inputs = list(example_inputs)
 
     def lower(graph: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
@@ -195,13 +193,18 @@ def _compile_joint(
 
     theirs = patches.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     try:
-        said = calibrate.verdicts(*normalise(gm, example_inputs), example_inputs, config) if config.auto else None
+        said = _verdicts(gm, example_inputs, config)
     except Exception as error:
         notices.warn(_unreadable(error))
         return _inductor(gm, example_inputs, patches)
     ours = JointPass(config, gm, notices, said)
     patches = {**patches, **_JOINT, "joint_custom_pre_pass": [ours, *get_custom_graph_passes(theirs)]}
     return _inductor(gm, example_inputs, patches)
+
+
+def _verdicts(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> list[Verdict] | None:
+    """Return whether a coreset pays at each site of Dynamo's graph, None where that is not asked."""
+    return calibrate.verdicts(*normalise(gm, example_inputs), example_inputs, config) if config.auto else None
 
 
 class JointPass(CustomGraphPass):

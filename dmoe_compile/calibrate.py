@@ -56,7 +56,7 @@ def _unique(
     graph = fx.Graph()
     output = graph.graph_copy(aten.graph, {})
     graph.output(output)
-    pipeline.rewrite(graph, sources, passes, settings, stats=True)
+    pipeline.run(graph, sources, passes, settings, stats=True, quiet=True)
     if not (rows := graph.output_node().args[0]):
         return []
     graph.output_node().args = ((rows[-1],),)  # type: ignore[index]

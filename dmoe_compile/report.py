@@ -75,8 +75,8 @@ class Report:
         graphs: Dynamo graphs that the forward fell into; more than one means graph breaks.
         verified: with verify=True, whether a coreset of all experts, without other passes, gave the same bits as no
             pass; None where it was not asked for, or no site was rewritten that could be held against it.
-        cost_model: with passes="auto", what decides, as a formula in T, k, U ...; each site has its numbers in `notes`
-            or `reason`.
+        cost_model: with passes="auto", what decides, as a formula in T, k, U ...; each site has its numbers in
+            `notes`.
     """
 
     sites: list[SiteReport] = field(default_factory=list)

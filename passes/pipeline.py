@@ -55,6 +55,7 @@ def run(
     joint: bool = False,
     verdicts: Sequence[Verdict] | None = None,
     step: Denoised | None = None,
+    quiet: bool = False,
 ) -> Findings:
     """Find the sites of `graph`, rewrite them in place, and return what was done; every decision is logged and counted.
 
@@ -68,38 +69,11 @@ def run(
         joint: the graph holds gradients too.
         verdicts: whether a coreset pays, for every site in its order; None where it is wanted at all of them.
         step: the rows that TEAM denoises; None in a forward that it leaves alone.
+        quiet: neither log nor count the decisions.
 
     Raises:
         Exception: whatever a rule raises while it is traced; the graph is then as it was.
     """
-    findings = rewrite(
-        graph,
-        sources,
-        passes,
-        settings,
-        stats=stats,
-        decompositions=decompositions,
-        joint=joint,
-        verdicts=verdicts,
-        step=step,
-    )
-    _count(findings)
-    return findings
-
-
-def rewrite(
-    graph: fx.Graph,
-    sources: Sources,
-    passes: Mapping[str, Any],
-    settings: Settings,
-    *,
-    stats: bool = False,
-    decompositions: Decompositions = None,
-    joint: bool = False,
-    verdicts: Sequence[Verdict] | None = None,
-    step: Denoised | None = None,
-) -> Findings:
-    """Do what run() does, in silence."""
     sites, refusals = find_sites(graph, sources)
     tracer = Tracer(decompositions, share=not joint)
     findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
@@ -122,6 +96,8 @@ def rewrite(
         findings.num_outputs = count_tokens(graph, to_count, tracer)
     if findings.rewritten or findings.num_outputs:
         graph.lint()
+    if not quiet:
+        _count(findings)
     return findings
 
 

@@ -87,11 +87,10 @@ class Denoised:
 
 @dataclass(frozen=True)
 class State:
-    """The stored outputs of one site: an input of the graph, [R, S, H], and which input holds its experts' weights."""
+    """A site whose outputs are stored, and which input of the graph holds its experts' weights."""
 
     site: str
     weights: int
-    stored: fx.Node
 
 
 def add_step(graph: fx.Graph, layouts: Sequence[Layout], rows: Denoised) -> tuple[list[Layout], fx.Node]:
@@ -126,7 +125,7 @@ def reuse(
         with graph.inserting_before(graph.output_node()):
             copied = graph.call_function(torch.ops.aten.copy_.default, (stored, row_by_row))
         copied.meta["val"] = stored.meta["val"]
-        states.append(State(site.name, inputs.index(site.expert_weights[0]), stored))
+        states.append(State(site.name, inputs.index(site.expert_weights[0])))
     return states
 
 

@@ -131,8 +131,8 @@ def test_greedy_decoding_is_reproducible_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(*results)
 
 
-def test_leftovers_are_finished_by_a_last_step(tmp_path: Path) -> None:
-    """Three steps at a threshold above 1 commit 11, 11 and 10 of 32; with 30 prompt tokens in the block, 2 are left."""
+def test_no_mask_is_left(tmp_path: Path) -> None:
+    """Few steps at a threshold above 1: the schedule alone has to fill every block."""
     model = load(tmp_path)
     for steps in (1, 3):
         decoder, _ = decode(model, [torch.randint(0, 126, (7,))], 50, Sampling(MASK, L, steps=steps, threshold=1.5))
