@@ -38,7 +38,7 @@ from dmoe_compile.passes.pipeline import Findings
 from dmoe_compile.passes.policies import Policy, find_policy, policy_names
 from dmoe_compile.passes.sites import Sources
 from dmoe_compile.passes.team import Denoised
-from dmoe_compile.runtime import recorder
+from dmoe_compile.runtime import recording
 from dmoe_compile.stepwise import Stepwise
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def _compile_inference(
         return _inductor(gm, example_inputs, patches)
     with torch._C._DisableAutocast():  # its casts are in the graph already
         compiled = _inductor(aten, example_inputs, patches)
-    return _recording(compiled, findings) if findings.num_outputs else compiled
+    return recording(compiled, [each.site.name for each in findings.outcomes]) if findings.num_outputs else compiled
 
 
 def _compile_stepwise(
@@ -174,8 +174,7 @@ def _compile_stepwise(
     def rewritten(step: Denoised | None) -> tuple[fx.GraphModule, Findings] | None:
         return rewrite(gm, inputs, config, notices, step, said)
 
-    record = recorder.add if config.stats else None
-    stepwise = Stepwise(gm, inputs, rewritten, lower, record, config.selected["team"])
+    stepwise = Stepwise(gm, inputs, rewritten, lower, config.stats, config.selected["team"])
     inputs[:] = stepwise.fakes or inputs  # a later step is traced on these; the real ones are not held
     return stepwise
 
@@ -269,18 +268,6 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[s
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
-
-
-def _recording(compiled: Callable[..., Any], findings: Findings) -> Callable[..., Any]:
-    """Return `compiled` without its last output, the counts of each site, which are recorded."""
-    names = [outcome.site.name for outcome in findings.outcomes]
-
-    def call(*args: Any) -> Any:
-        *outputs, counts = compiled(*args)
-        recorder.add(names, counts)
-        return outputs
-
-    return call
 
 
 def _needs_gradient(example_inputs: Sequence[Any]) -> bool:

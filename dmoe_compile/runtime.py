@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,17 @@ class Recorder:
 
 
 recorder = Recorder()
+
+
+def recording(compiled: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
+    """Return `compiled` without its last output, the counts of the sites `names`, which are recorded."""
+
+    def call(*args: Any) -> Any:
+        *outputs, counts = compiled(*args)
+        recorder.add(names, counts)
+        return outputs
+
+    return call
 
 
 def routing_stats(*, reset: bool = False) -> RoutingStats:

@@ -20,6 +20,7 @@ from dmoe_compile import context as contexts
 from dmoe_compile.passes.constrain import Layout
 from dmoe_compile.passes.pipeline import Findings
 from dmoe_compile.passes.team import Denoised, Options
+from dmoe_compile.runtime import recorder, recording
 
 Compiled = Callable[..., Any]
 Rewrite = Callable[[Denoised | None], "tuple[fx.GraphModule, Findings] | None"]
@@ -34,7 +35,7 @@ class Stepwise:
         example_inputs: its inputs.
         rewrite: makes the rewritten graph, plain or for a denoising step; None where the graph can't be read.
         lower: compiles a graph for fake inputs.
-        record: takes the names of the sites and their counts in every forward that counts.
+        stats: whether denoising steps are recorded for routing_stats(), as plain forwards that count are.
         options: of the pass.
     """
 
@@ -44,10 +45,10 @@ class Stepwise:
         example_inputs: Sequence[Any],
         rewrite: Rewrite,
         lower: Lower,
-        record: Callable[[Sequence[str], Tensor], None] | None,
+        stats: bool,
         options: Options,
     ) -> None:
-        self._rewrite, self._lower, self._record, self._options = rewrite, lower, record, options
+        self._rewrite, self._lower, self._stats, self._options = rewrite, lower, stats, options
         self._tracing = TracingContext.get()
         self._steps: dict[Denoised, _Step] = {}
         self._sizes: list[tuple[Any, Any]] = []
@@ -65,10 +66,10 @@ class Stepwise:
         wanted = self._wanted(example_inputs)
         if wanted is not None:
             self._step(wanted)  # now, while Dynamo still takes guards
-        if findings.rewritten or findings.num_outputs:
-            self._plain = self._counted(lower(aten, self.fakes), findings)
+        if findings.num_outputs:
+            self._plain = recording(lower(aten, self.fakes), [outcome.site.name for outcome in findings.outcomes])
         else:
-            self._plain = lower(gm, example_inputs)
+            self._plain = lower(aten, self.fakes) if findings.rewritten else lower(gm, example_inputs)
 
     def __call__(self, *args: Any) -> Any:
         wanted = self._wanted(args) if self._sizes else None
@@ -106,31 +107,17 @@ class Stepwise:
                 compiled = self._lower(aten, [*self.fakes, *inputs])
             if TracingContext.try_get() is None and env is not None and len(env.guards) > guards:
                 raise AssertionError("a guard was added that Dynamo does not check any more")
-            self._steps[wanted] = _Step(compiled, findings, inputs, self._record, self._options)
+            self._steps[wanted] = _Step(compiled, findings, inputs, self._stats, self._options)
         return self._steps[wanted]
-
-    def _counted(self, compiled: Compiled, findings: Findings) -> Compiled:
-        """Return `compiled` without its last output, the counts, which are recorded."""
-        if not findings.num_outputs:
-            return compiled
-        names = [outcome.site.name for outcome in findings.outcomes]
-
-        def call(*args: Any) -> Any:
-            *outputs, counts = compiled(*args)
-            if self._record:
-                self._record(names, counts)
-            return outputs
-
-        return call
 
 
 class _Step:
     """A compiled denoising step."""
 
     def __init__(
-        self, compiled: Compiled, findings: Findings, inputs: Sequence[Tensor], record: Any, options: Options
+        self, compiled: Compiled, findings: Findings, inputs: Sequence[Tensor], stats: bool, options: Options
     ) -> None:
-        self.compiled, self.record, self.options = compiled, record, options
+        self.compiled, self.stats, self.options = compiled, stats, options
         self.names = [outcome.site.name for outcome in findings.outcomes]
         self.states = [(state.site, state.weights) for state in findings.states]
         self.device, self.likes = inputs[0].device, inputs[2:]
@@ -142,8 +129,8 @@ class _Step:
         roles = context.roles(cache=self.options.cache, limit=self.options.limit).to(self.device)
         *outputs, counts = self.compiled(*args, *context.inputs(sites, self.likes, roles))
         context.done(sites, self.names, counts)
-        if self.record:
-            self.record(self.names, counts)
+        if self.stats:
+            recorder.add(self.names, counts)
         return outputs
 
 
