@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from dmoe_compile.config import Config as Config
     from dmoe_compile.context import Denoising as Denoising
     from dmoe_compile.context import denoising as denoising
+    from dmoe_compile.generation import Generated as Generated
+    from dmoe_compile.generation import generate as generate
     from dmoe_compile.passes.policies import register_policy as register_policy
     from dmoe_compile.report import Report as Report
     from dmoe_compile.report import explain as explain
@@ -34,12 +36,14 @@ __version__ = "0.1.0"
 _HOME = {
     "Config": "config",
     "Denoising": "context",
+    "Generated": "generation",
     "PrepareReport": "capture",
     "Report": "report",
     "RoutingStats": "runtime",
     "compile": "backend",
     "denoising": "context",
     "explain": "report",
+    "generate": "generation",
     "prepare": "capture",
     "register_policy": "passes.policies",
     "routing_stats": "runtime",
@@ -48,12 +52,14 @@ _HOME = {
 __all__ = [
     "Config",
     "Denoising",
+    "Generated",
     "PrepareReport",
     "Report",
     "RoutingStats",
     "compile",
     "denoising",
     "explain",
+    "generate",
     "prepare",
     "register_policy",
     "routing_stats",

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.eval_frame import innermost_backend
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch._logging import trace_structured
 
@@ -103,6 +104,15 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
         for message in auto_prepare.prepare_or_say(model, merged):
             log.warning("%s", message)
     return torch.compile(model, backend="dmoe", options=merged.to_options() or None, **torch_compile_kwargs)
+
+
+def config_of(model: Any) -> Config | None:
+    """Return the config that a module was compiled with, None where that was another backend or can't be seen."""
+    context = getattr(model, "dynamo_ctx", None)
+    compiler = innermost_backend(context.callback) if context is not None else None
+    if getattr(compiler, "compiler_fn", None) is not dmoe:
+        return None
+    return Config.from_options(getattr(compiler, "kwargs", {}).get("options"))
 
 
 def rewrite(

@@ -1,4 +1,4 @@
-"""The `dmoe` command: dmoe demo, dmoe explain, dmoe bench.
+"""The `dmoe` command: dmoe demo, dmoe explain, dmoe generate, dmoe bench.
 
 Exit codes: 0 done; 1 a check failed, such as a coreset of all experts that changed a token; 2 what was asked
 for can't be done, with one line on standard error that says why.
@@ -38,6 +38,12 @@ app.add_typer(bench, name="bench")
 Json = Annotated[
     str | None, typer.Option("--json", metavar="PATH", help="Also write JSON lines to a file; - is stdout.")
 ]
+Options = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="A backend option, such as dmoe.top_p=0.8; repeatable.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the model code that lies in the folder.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if left out.")]
 
 
@@ -75,24 +81,18 @@ def demo(
 def explain(
     model: Annotated[str, typer.Argument(help="A checkpoint folder, or a transformers model type such as qwen3_moe.")],
     passes: Annotated[str, typer.Option(help="Passes to run, with commas between; '' for none.")] = "dmoe",
-    option: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="A backend option, such as dmoe.top_p=0.8; repeatable."),
-    ] = None,
+    option: Options = None,
     tokens: Annotated[int, typer.Option(help="Random tokens of a sequence.")] = 64,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check that a coreset of all experts changes nothing.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the model code that lies in the folder.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = None,
 ) -> None:
     """Show every mixture-of-experts site of a model: found, rewritten or refused and why, and experts used."""
     with _usage_errors(json):
-        from dmoe_compile import Config
-        from dmoe_compile import demo as demonstration
+        from dmoe_compile import Config, loading
         from dmoe_compile import explain as examine
         from dmoe_compile.bench import require_compiler
 
@@ -100,7 +100,7 @@ def explain(
             require_compiler()
         options = _options(passes, option or [])
         Config.from_options(options)  # before the model loads, which can take minutes
-        loaded = demonstration.load(model, batch, tokens, trust_remote_code)
+        loaded = loading.load(model, batch, tokens, trust_remote_code)
         config = Config.from_options(
             {"block_length": loaded.block_length, **options} if loaded.block_length else options
         )
@@ -109,6 +109,57 @@ def explain(
     _show(report.table(), _report_rows(report, model, config.to_options()), json, [loaded.note, *_remarks(report)])
     if report.verified is False:
         _fail("a coreset of all experts changed the model's output; please report it with the JSON lines of --json")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, or a transformers model type such as qwen3_moe.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat it for a batch.")] = None,
+    prompt_ids: Annotated[
+        list[str] | None, typer.Option(metavar="IDS", help="A prompt as token ids with commas between; repeatable.")
+    ] = None,
+    passes: Annotated[str, typer.Option(help="Passes to run, such as team,dmoe.")] = "",
+    option: Options = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the longest answer.")] = 128,
+    block_length: Annotated[int, typer.Option(help="Tokens that are denoised together: the model's own unit.")] = 32,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps of a block; as many as it has tokens.")] = None,
+    threshold: Annotated[float, typer.Option(help="Tokens that are surer than this are committed at once.")] = 0.9,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample from so many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from tokens of this probability together.")] = None,
+    editing_threshold: Annotated[
+        float | None, typer.Option(help="Change committed tokens where the model is surer than this of another.")
+    ] = None,
+    mask_token_id: Annotated[int | None, typer.Option(help="Where neither tokenizer nor config names it.")] = None,
+    seed: Annotated[int, typer.Option(help="Of sampling, and of a random model's weights.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Put a prompt into the tokenizer's chat template, if it has one.")] = True,
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up", help="Decode once before, so that no compiling is timed.")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what every forward did, as JSON lines.")
+    ] = None,
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = None,
+) -> None:
+    """Decode prompts block by block with a KV cache, and stream each block as it is finished."""
+    with _usage_errors(json):
+        from dmoe_compile import Config, decode_command
+        from dmoe_compile.bench import require_compiler, write_rows
+
+        require_compiler()
+        config = Config.from_options({"block_length": block_length, **_options(passes, option or [])})
+        how = {"steps": steps, "threshold": threshold, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        how |= {"editing_threshold": editing_threshold, "mask_token_id": mask_token_id}
+        source = decode_command.Source(model, prompt or [], prompt_ids or [], chat, trust_remote_code, seed)
+        with _quiet():
+            row = decode_command.run(
+                source, config, how | {"max_new_tokens": max_new_tokens}, warm_up, trace, threads, json == "-"
+            )
+    if json is not None:
+        write_rows([row], json)
+    typer.echo(decode_command.describe(row), err=True)
 
 
 @bench.command()

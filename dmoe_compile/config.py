@@ -52,9 +52,9 @@ class Config:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", _passes(self.passes))
-        _check_int("block_length", self.block_length, "the tokens that are denoised together; 32 is usual")
+        check_int("block_length", self.block_length, "the tokens that are denoised together; 32 is usual")
         if self.max_block_tokens is not None:
-            _check_int("max_block_tokens", self.max_block_tokens, "the longest forward to rewrite; None rewrites all")
+            check_int("max_block_tokens", self.max_block_tokens, "the longest forward to rewrite; None rewrites all")
         if self.scope not in get_args(Scope):
             raise ValueError(f"scope={self.scope!r} must be one of: {', '.join(get_args(Scope))}")
         if self.experts not in ("auto", True, False) or not isinstance(self.experts, bool | str):
@@ -164,9 +164,10 @@ def _policy_options(policy: str, values: Mapping[str, Any]) -> Any:
     return options(**values)
 
 
-def _check_int(name: str, value: object, what: str) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}={value!r} must be an integer of at least 1: {what}")
+def check_int(name: str, value: object, what: str, least: int = 1) -> None:
+    """Raise ValueError unless a value is an integer of at least `least`; True and False are none."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}: {what}")
 
 
 def _check_inductor(options: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import itertools
 import threading
 import weakref
 from collections import deque
@@ -38,14 +39,17 @@ _MAX_RECORDS = 65_536  # steps whose counts are kept
 Key = tuple[str, int]  # a site's name and the id of its experts' weights, which its entry refers to weakly
 
 
-def current() -> Denoising | None:
+def current(*, strict: bool = True) -> Denoising | None:
     """Return the context of this thread or task, None outside of any.
 
     Raises:
-        RuntimeError: where the innermost context was entered by another thread or task, whose state it holds.
+        RuntimeError: where the innermost context was entered by another thread or task, whose state it holds; None is
+            returned instead if not `strict`.
     """
     context = _current.get()
     if context is not None and context._owner != _here():
+        if not strict:
+            return None
         raise RuntimeError(
             "this decoding context was entered by another thread or asyncio task, whose sequences it holds; enter one "
             "of its own, `with dmoe_compile.denoising() as context`, where the model is called"
@@ -223,11 +227,20 @@ class Denoising:
 
     @property
     def stats(self) -> list[StepStats]:
-        """Unique experts of every forward that step() described, oldest first; kept after the context is left."""
+        """Unique experts of every forward that counted, oldest first; kept after the context is left.
+
+        Those are the forwards that step() described, and with ``options={"stats": True}`` the plain ones.
+        """
         found: dict[int, dict[str, int]] = {}
         for number, names, counts in self._counts:
             found.setdefault(number, {}).update(zip(names, counts[:, 0].tolist(), strict=True))
         return [StepStats(number, unique) for number, unique in sorted(found.items())]
+
+    def counted(self) -> dict[str, int]:
+        """Return unique experts by site of the forward that was run last; empty where it did not count."""
+        last = itertools.takewhile(lambda each: each[0] == self._number, reversed(self._counts))
+        pieces = [dict(zip(names, counts[:, 0].tolist(), strict=True)) for _, names, counts in last]
+        return {name: count for piece in reversed(pieces) for name, count in piece.items()}
 
     # What the backend asks for.
 
@@ -282,14 +295,17 @@ class Denoising:
         roles = torch.where((roles == DECODED) & ~valid.to(roles.device), HOT, roles).to(torch.int8)
         return [roles.repeat_interleave(step.candidates, 0), source.to(roles.device), *buffers]
 
-    def done(self, sites: Sequence[tuple[str, Tensor]], names: Sequence[str], counts: Tensor) -> None:
-        """Say that the forward ran to its end, and what it counted at the sites `names`, see passes/count.py."""
+    def count(self, names: Sequence[str], counts: Tensor) -> None:
+        """Keep what a forward counted at the sites `names`, see passes/count.py."""
+        self._counts.append((self._number, names, counts.clone()))
+
+    def done(self, sites: Sequence[tuple[str, Tensor]]) -> None:
+        """Say that the forward ran to its end."""
         assert self._step is not None
         for name, experts in sites:
             stored = self._of(name, experts)
             assert stored is not None
             stored.step = self._step.number
-        self._counts.append((self._step.number, names, counts.clone()))
 
     def _of(self, name: str, experts: Tensor) -> _Stored | None:
         """Return what is stored of a site; nothing where its weights are others that took the place of freed ones."""

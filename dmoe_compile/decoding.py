@@ -15,19 +15,22 @@ B: sequences; C: candidate rows a sequence; L: block length; V: vocabulary; P: p
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dmoe_compile.config import check_int
 from dmoe_compile.context import Denoising
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
 
     from dmoe_compile.passes.team import Options
+
+_RECOMPILE_LIMIT = 64  # of one model: with Dynamo's own, 8, the third size of a batch would find no room
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Sampling:
         temperature: 0 is greedy.
         top_k, top_p: what is sampled from, at temperatures above 0.
         editing_threshold: committed tokens change where the model is surer than this of another; None never.
+        max_post_steps: with editing, forwards of a block without masks, as long as each changes a token.
         eos_token_ids: a sequence ends with the block in which one of these comes first.
     """
 
@@ -53,13 +57,13 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
     editing_threshold: float | None = None
+    max_post_steps: int = 16
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("block_length", "steps"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1")
+        check_int("block_length", self.block_length, "the tokens that are denoised together; 32 is usual")
+        check_int("steps", self.steps, "denoising steps of a block")
+        check_int("max_post_steps", self.max_post_steps, "forwards of a block without masks", least=0)
         if self.mask_token_id < 0:
             raise ValueError(f"mask_token_id={self.mask_token_id!r} must be a token id")
         if not self.threshold > 0:
@@ -70,30 +74,39 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k!r} must be at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r} must be in (0, 1], or None")
+        if self.editing_threshold is not None and not self.editing_threshold > 0:
+            raise ValueError(f"editing_threshold={self.editing_threshold!r} must be above 0, or None not to edit")
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one forward of a block did.
+class Forward:
+    """What one forward of a decoding did.
 
     Attributes:
-        block: number of the block, from the first that is generated.
+        block: number of the block, from the first that is generated; -1 for the prompt.
         step: denoising step inside it.
-        kind: "prefill", "first", "denoise" (one candidate), "speculate" or "store".
+        kind: "prefill", "first" (of a block, with TEAM), "denoise" (one candidate), "speculate" or "store".
+        start: column of the first token of its rows.
         input_ids: [B, C, S] that went in.
-        committed: [B, L] bool, positions that became known in this step.
+        ids: [B, L], the block afterwards.
+        committed, edited: [B, L] bool, positions that became known in this step, and known ones that changed.
         choice: [B], the candidate that went on, all 0 where there was one.
         decoded, cold: [B, L] bool, what the context was told.
+        unique_experts: experts that were used by site, where they were counted.
     """
 
     block: int
     step: int
     kind: str
+    start: int
     input_ids: Tensor
+    ids: Tensor | None = None
     committed: Tensor | None = None
+    edited: Tensor | None = None
     choice: Tensor | None = None
     decoded: Tensor | None = None
     cold: Tensor | None = None
+    unique_experts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -101,15 +114,18 @@ class _Block:
     """A block in the middle of its denoising.
 
     `ids` [B, L] are known so far; `seen` [B, L] what the accepted candidate's last forward read; `tokens`,
-    `confidence` [B, L] what it predicted; `wide` is the cache with a row for every candidate.
+    `confidence` [B, L] what it predicted; `edited` whether known tokens changed in it; `wide` is the cache with a row
+    for every candidate.
     """
 
     number: int
+    start: int
     ids: Tensor
     prompt: Tensor
     seen: Tensor | None = None
     tokens: Tensor | None = None
     confidence: Tensor | None = None
+    edited: bool = True
     wide: DynamicCache | None = None
 
 
@@ -136,13 +152,13 @@ class Decoder:
         sampling: Sampling,
         team: Options | None = None,
         generator: torch.Generator | None = None,
-        watch: Callable[[Step], None] | None = None,
+        watch: Callable[[Forward], None] | None = None,
     ) -> None:
         from diffusers import BlockRefinementScheduler
         from transformers import DynamicCache
 
         self.forward, self.sampling, self.team = forward, sampling, team
-        self.generator, self.watch = generator, watch or (lambda _: None)
+        self.generator, self.watch = generator, watch
         self.context = Denoising()
         self.cache: DynamicCache = DynamicCache()
         scheduler: Any = BlockRefinementScheduler  # its decorators hide its types
@@ -175,46 +191,50 @@ class Decoder:
 
     def _block(self, number: int, start: int) -> Tensor:
         end = start + self.sampling.block_length
-        block = _Block(number, self.ids[:, start:end].clone(), self.prompt[:, start:end])
-        step = 0
-        while step < self.sampling.steps and bool((self._masked(block.ids) & ~self.finished.unsqueeze(-1)).any()):
+        block = _Block(number, start, _compact(self.ids[:, start:end]), self.prompt[:, start:end])
+        step = post = 0
+        while self._unknown(block) and step < self.sampling.steps:
             if self.team is not None and self.team.speculate and block.seen is not None:
-                self._speculate(block, start, step)
+                self._speculate(block, step)
             else:
-                self._denoise(block, start, step)
+                self._denoise(block, step)
             step += 1
-        if (left := self._masked(block.ids)).any():
-            assert block.tokens is not None or self.finished.any()
-            block.ids = torch.where(left, block.ids if block.tokens is None else block.tokens, block.ids)
+        assert not self._unknown(block), "the schedule commits all tokens of a block in its steps"
+        while self.sampling.editing_threshold is not None and block.edited and post < self.sampling.max_post_steps:
+            self._denoise(block, step + post)
+            post += 1
         self.ids[:, start:end] = block.ids
-        self._plain("store", number, step, start, end)
+        self._plain("store", number, step + post, start, end)
         new = ~block.prompt & ~self.finished.unsqueeze(-1)
         stops = torch.tensor(self.sampling.eos_token_ids, device=block.ids.device)
         self.finished |= (torch.isin(block.ids, stops) & new).any(1)
         return block.ids
 
+    def _unknown(self, block: _Block) -> bool:
+        """Say whether a sequence that goes on has masked tokens."""
+        return bool((self._masked(block.ids) & ~self.finished.unsqueeze(-1)).any())
+
     def _plain(self, kind: str, number: int, step: int, start: int, end: int) -> None:
         """Run what is known through the model for its keys and values."""
         self.context.plain()
-        ids = self.ids[:, start:end]
+        ids = _compact(self.ids[:, start:end])
         self._run(ids, self.cache, start)
-        self.watch(Step(number, step, kind, ids.unsqueeze(1)))
+        for layer in self.cache.layers:
+            layer.keys, layer.values = (_compact(each) for each in (layer.keys, layer.values))
+        self._tell(Forward(number, step, kind, start, ids.unsqueeze(1)))
 
-    def _denoise(self, block: _Block, start: int, step: int) -> None:
+    def _denoise(self, block: _Block, step: int) -> None:
         """One forward with one candidate."""
-        before = block.ids
+        before, first = block.ids, block.seen is None
         decoded, cold = self._masks(block, before)
-        self._describe(decoded, cold, start, 1)
-        logits = self._run(before, self.cache, start)
-        self.cache = self._without_block(self.cache)
-        block.ids, block.tokens, block.confidence, _ = self._commit(logits, before, block.prompt, step)
-        block.seen = before
+        self._describe(decoded, cold, block.start, 1)
+        logits = self._run(before, _aside(self.cache), block.start)
+        results = self._commit(logits, before, block.prompt, step)
+        kind = "first" if first and self.team is not None else "denoise"
         choice = torch.zeros(len(before), dtype=torch.int64)
-        kind = "first" if decoded is None and self.team is not None else "denoise"
-        committed = self._masked(before) & ~self._masked(block.ids)
-        self.watch(Step(block.number, step, kind, before.unsqueeze(1), committed, choice, decoded, cold))
+        self._take(block, step, kind, before.unsqueeze(1), results, choice, decoded, cold)
 
-    def _speculate(self, block: _Block, start: int, step: int) -> None:
+    def _speculate(self, block: _Block, step: int) -> None:
         """One forward with candidates that fill in the most confident masked tokens, and the verdict on them."""
         assert self.team is not None
         assert block.tokens is not None
@@ -225,24 +245,51 @@ class Decoder:
         candidates = _candidates(before, places, guessed, self._masked(before))  # [B, C, L]
         count = candidates.shape[1]
         decoded, cold = self._masks(block, candidates[:, -1], places)
-        self._describe(decoded, cold, start, count)
-        logits = self._run(candidates.flatten(0, 1), block.wide, start)
-        block.wide = self._without_block(block.wide)
+        self._describe(decoded, cold, block.start, count)
+        logits = self._run(candidates.flatten(0, 1), _aside(block.wide), block.start)
         prompt = block.prompt.repeat_interleave(count, 0)
         results = self._commit(logits, candidates.flatten(0, 1), prompt, step)
-        ids, tokens, confidence, moved = (each.unflatten(0, (-1, count)) for each in results)
+        _, tokens, _, moved = (each.unflatten(0, (-1, count)) for each in results)
         predicted = torch.where(self._masked(candidates), tokens, candidates)
         choice = verify(predicted, moved, places)
         self.context.accept(choice)
-        rows = torch.arange(len(choice), device=choice.device)
-        block.ids, block.tokens, block.confidence = (each[rows, choice] for each in (ids, tokens, confidence))
+        self._take(block, step, "speculate", candidates, results, choice, decoded, cold)
+
+    def _take(
+        self,
+        block: _Block,
+        step: int,
+        kind: str,
+        candidates: Tensor,
+        results: Sequence[Tensor],
+        choice: Tensor,
+        decoded: Tensor | None,
+        cold: Tensor | None,
+    ) -> None:
+        """Go on from the chosen candidate of each sequence: what it read, and what came of it."""
+        before, rows = block.ids, torch.arange(len(choice), device=choice.device)
+        count = candidates.shape[1]
+        block.ids, block.tokens, block.confidence, _ = (
+            each.unflatten(0, (-1, count))[rows, choice] for each in results
+        )
         block.seen = candidates[rows, choice]
         committed = self._masked(before) & ~self._masked(block.ids)
-        self.watch(Step(block.number, step, "speculate", candidates, committed, choice, decoded, cold))
+        edited = ~self._masked(before) & (before != block.ids)
+        block.edited = bool((edited & ~self.finished.unsqueeze(-1)).any())
+        self._tell(
+            Forward(
+                block.number, step, kind, block.start, candidates, block.ids, committed, edited, choice, decoded, cold
+            )
+        )
+
+    def _tell(self, forward: Forward) -> None:
+        if self.watch is not None:
+            self.watch(replace(forward, unique_experts=self.context.counted()))
 
     def _describe(self, decoded: Tensor | None, cold: Tensor | None, start: int, candidates: int) -> None:
         """Tell the context what the next forward denoises."""
         if self.team is None:
+            self.context.plain()
             return
         shape = (len(self.ids), self.sampling.block_length)
         finished = self.finished if bool(self.finished.any()) else None
@@ -260,7 +307,7 @@ class Decoder:
         """
         if self.team is None or block.seen is None or block.confidence is None:
             return None, None
-        decoded = ~self._masked(block.seen)
+        decoded = ~self._masked(block.seen) & (block.seen == block.ids)  # what was edited is computed anew
         cold = self._masked(block.ids) & (_distance(~self._masked(filled)) > self.team.distance)
         cold &= block.confidence < self.team.confidence
         if places is not None:
@@ -278,7 +325,7 @@ class Decoder:
         """Return ids after one step, predicted tokens, their probabilities, and what was committed, all [R, L]."""
         s = self.sampling
         results = []
-        editing = s.editing_threshold is not None and s.editing_threshold > 0
+        editing = s.editing_threshold is not None
         together = not editing or bool((prompt == prompt[:1]).all())  # the scheduler takes one prompt mask
         for rows in [slice(None)] if together else [slice(row, row + 1) for row in range(len(ids))]:
             out = self.scheduler.step(
@@ -307,7 +354,9 @@ class Decoder:
         mask = self._attention(columns, padding, self._dtype())
         _mark_sizes(cache, mask, ids, positions)
         arguments = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        logits: Tensor = self.context.run(self.forward, input_ids=ids, **arguments).logits
+        limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+        with torch._dynamo.config.patch(recompile_limit=limit):  # each number of rows has graphs of its own
+            logits: Tensor = self.context.run(self.forward, input_ids=ids, **arguments).logits
         return logits
 
     def _attention(self, columns: Tensor, padding: Tensor, dtype: torch.dtype) -> Tensor:
@@ -327,22 +376,28 @@ class Decoder:
         return getattr(owner, "dtype", torch.float32)
 
     def _widened(self) -> DynamicCache:
-        """Return a copy of the cache with a row for every candidate."""
+        """Return the cache with a row for every candidate."""
         assert self.team is not None
-        wide = copy.deepcopy(self.cache)
+        wide = _aside(self.cache)
         if wide.get_seq_length():
             wide.batch_repeat_interleave(2**self.team.candidates)
         return wide
 
-    def _without_block(self, cache: DynamicCache) -> DynamicCache:
-        """Return a cache without the block that was just denoised; an empty one is new, as one of length 0 is not."""
-        if cache.get_seq_length() == self.sampling.block_length:
-            return type(cache)()
-        cache.crop(-self.sampling.block_length)
-        return cache
-
     def _masked(self, ids: Tensor) -> Tensor:
         return ids == self.sampling.mask_token_id
+
+
+def _aside(cache: DynamicCache) -> DynamicCache:
+    """Return a cache of the same tensors: what a forward adds to it does not reach `cache`."""
+    aside = copy.copy(cache)
+    aside.layers = [copy.copy(layer) for layer in cache.layers]  # a layer never writes to its tensors: it replaces them
+    return aside
+
+
+def _compact(x: Tensor) -> Tensor:
+    """Return a tensor of the strides that follow from its shape, which Dynamo guards on: also those of sizes of 1."""
+    usual = torch.empty(x.shape, device="meta").stride()
+    return x if x.stride() == usual else x.clone(memory_format=torch.contiguous_format)
 
 
 def verify(predicted: Tensor, moved: Tensor, places: Tensor) -> Tensor:

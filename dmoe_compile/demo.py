@@ -15,13 +15,11 @@ rows are therefore rescaled to make some experts more popular than others, as in
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +28,13 @@ from torch import Tensor, nn
 
 from dmoe_compile.backend import dmoe
 from dmoe_compile.bench import Bar, Row, describe, environment
+from dmoe_compile.loading import VISION
 from dmoe_compile.runtime import routing_stats
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
-    from transformers import DiffusionGemmaForBlockDiffusion, PreTrainedConfig, PreTrainedModel
+    from transformers import DiffusionGemmaForBlockDiffusion
 
 TIMED = ("inductor", "dmoe")
 TOP_P = 0.6
@@ -44,13 +43,6 @@ _PROMPT_TOKENS = 16
 _LOGIT_STD = 1.0
 _POPULARITY_SPREAD = 0.3  # with it 64 tokens choose about 105 of 128 experts, as against 124 with even rows
 _NEVER = 1e-12  # an untrained model with tied embeddings echoes its canvas, which generate() would take for confidence
-_VISION = {
-    "model_type": "gemma4_vision",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
 _TEXT: dict[str, Any] = {
     "vocab_size": 2048,
     "num_hidden_layers": 2,
@@ -59,31 +51,6 @@ _TEXT: dict[str, Any] = {
     "top_k_experts": 8,
     "max_position_embeddings": 2048,
 }
-_TINY: dict[str, Any] = {  # what `load` shrinks; a name that a config lacks is left out
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "first_k_dense_replace": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-    "max_position_embeddings": 4096,
-    "sliding_window": 64,
-    "layer_types": None,
-    "mlp_layer_types": None,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_MAX_TINY = 100_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -261,49 +228,11 @@ def run(settings: Settings, progress: Progress | None = None) -> Result:
         )
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model, the keyword arguments of one forward, and what a reader should know about both.
-
-    `block_length`: the model's own denoising unit in tokens, where its config tells it.
-    """
-
-    model: PreTrainedModel
-    inputs: dict[str, Any]
-    note: str
-    block_length: int | None
-
-
-def load(source: str, batch: int = 1, tokens: int = 64, trust_remote_code: bool = False, seed: int = 0) -> Loaded:
-    """Return the model of a local checkpoint folder or a tiny random one of a transformers model type, and inputs.
-
-    Args:
-        source: a folder with config.json and .safetensors files, or a model type such as "qwen3_moe".
-        batch: sequences of the forward.
-        tokens: random tokens of a sequence; of the prompt, where the model denoises a canvas of its own length.
-        trust_remote_code: run model code that lies in the folder.
-        seed: of the random tokens, and of a tiny model's weights.
-
-    Raises:
-        ValueError: where neither is found, or the model cannot be made from it.
-    """
-    for name, value in (("batch", batch), ("tokens", tokens)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
-    if Path(source).is_dir():
-        model, note = _checkpoint(Path(source), trust_remote_code), f"weights of {source}"
-    else:
-        model, note = _tiny(source, seed)
-    length = getattr(model.config, "canvas_length", None)
-    inputs = _inputs(model, batch, tokens, length, torch.Generator().manual_seed(seed))
-    return Loaded(model, inputs, note, length)
-
-
 def build(size: Size, seed: int) -> DiffusionGemmaForBlockDiffusion:
     """Return the model with random weights and specialised routers; the same arguments give the same weights."""
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
-    config = DiffusionGemmaConfig(text_config=size.text, vision_config=_VISION, canvas_length=size.canvas_length)
+    config = DiffusionGemmaConfig(text_config=size.text, vision_config=VISION, canvas_length=size.canvas_length)
     default = torch.get_default_dtype()
     torch.set_default_dtype(size.dtype)  # the large model is not to exist in fp32 first
     try:
@@ -420,90 +349,3 @@ class _Decoder:
         """Forget the times of the first decoding, which compiled."""
         self.timing.wall_s.clear()
         self.timing.decoder_s.clear()
-
-
-def _inputs(
-    model: PreTrainedModel, batch: int, tokens: int, canvas_length: int | None, generator: torch.Generator
-) -> dict[str, Tensor | bool]:
-    vocab_size = model.config.get_text_config(decoder=True).vocab_size
-    draw = partial(torch.randint, min(3, vocab_size - 1), vocab_size, generator=generator)
-    if canvas_length is None:
-        return {"input_ids": draw((batch, tokens)), "use_cache": False}
-    return {"input_ids": draw((batch, tokens)), "decoder_input_ids": draw((batch, canvas_length))}
-
-
-def _checkpoint(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a folder as it lies on disk: no network, no pickle, no code of its own unless trusted."""
-    import transformers
-
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json; name the folder that save_pretrained() wrote")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} holds no .safetensors file, and no other weights are loaded; convert them first")
-    local = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **local)
-        remote = getattr(config, "auto_map", None) if trust_remote_code else None
-        if remote:
-            auto = "AutoModelForCausalLM" if "AutoModelForCausalLM" in remote else "AutoModel"
-            cls = getattr(transformers, auto)
-        else:
-            cls = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
-        kwargs = local if remote else {"local_files_only": True}
-        return cls.from_pretrained(folder, config=config, use_safetensors=True, dtype="auto", **kwargs).eval()
-    except (AttributeError, OSError, ValueError) as error:
-        raise ValueError(f"{folder} does not load: {_first_line(error)}") from error
-
-
-def _tiny(model_type: str, seed: int) -> tuple[PreTrainedModel, str]:
-    """Build a model type with its default routing (E, k, groups, ...) and everything else shrunk."""
-    from transformers import CONFIG_MAPPING
-
-    if model_type not in CONFIG_MAPPING:
-        if "/" in model_type:
-            raise ValueError(f"{model_type} is no local folder; nothing is downloaded, so fetch the checkpoint first")
-        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3) or ["qwen3_moe", "diffusion_gemma"]
-        raise ValueError(f"{model_type!r} is no local folder and no transformers model type; near: {', '.join(near)}")
-    try:
-        config = _tiny_config(CONFIG_MAPPING[model_type])
-        cls = _model_class(type(config))
-        with torch.device("meta"):
-            size = sum(weight.numel() for weight in cls(config).parameters())
-        if size > _MAX_TINY:
-            raise ValueError(f"still {size:,} parameters when shrunk")
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(seed)
-            model = cls(config).eval()
-        with torch.no_grad():
-            model(**_inputs(model, 1, 8, getattr(config, "canvas_length", None), torch.Generator()))
-    except Exception as error:  # a default config may lack values, or fit no rule of ours; the reader needs the reason
-        reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise ValueError(f"{model_type} cannot be built tiny ({reason}); give a checkpoint folder") from error
-    return model, f"tiny random {model_type}: {size / 1e6:.1f} M parameters, routing as in the default config"
-
-
-def _tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
-    default = config_class()
-    if default.model_type == "diffusion_gemma":  # its default has no experts: the published 26B-A4B has these
-        text = {**_TINY, "num_experts": 128, "top_k_experts": 8, "global_head_dim": 16}
-        text["layer_types"] = ["sliding_attention", "full_attention"]
-        return config_class(text_config=text, vision_config=_VISION)
-    known = default.to_dict()
-    changes = {name: value for name, value in _TINY.items() if name in known}
-    if "kv_lora_rank" in known:  # latent attention: a key and value for every head, head_dim is the rotated part alone
-        changes |= {"num_key_value_heads": _TINY["num_attention_heads"], "head_dim": _TINY["qk_rope_head_dim"]}
-    return config_class(**changes)
-
-
-def _model_class(config_class: type[PreTrainedConfig]) -> type[PreTrainedModel]:
-    from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
-
-    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
-        if config_class in auto._model_mapping:
-            return auto._model_mapping[config_class]
-    raise ValueError(f"{config_class.__name__} has no language model class")
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

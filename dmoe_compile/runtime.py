@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmoe_compile import context as contexts
+
 _MAX_RECORDS = 65_536  # forwards kept; the oldest go first, so that a server that never reads does not grow
 
 
@@ -67,11 +69,16 @@ recorder = Recorder()
 
 
 def recording(compiled: Callable[..., Any], names: Sequence[str]) -> Callable[..., Any]:
-    """Return `compiled` without its last output, the counts of the sites `names`, which are recorded."""
+    """Return `compiled` without its last output, the counts of the sites `names`, which are recorded.
+
+    The decoding context that it is called in, if any, gets them too.
+    """
 
     def call(*args: Any) -> Any:
         *outputs, counts = compiled(*args)
         recorder.add(names, counts)
+        if (context := contexts.current(strict=False)) is not None:
+            context.count(names, counts)
         return outputs
 
     return call

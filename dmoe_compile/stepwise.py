@@ -50,7 +50,7 @@ class Stepwise:
     ) -> None:
         self._rewrite, self._lower, self._stats, self._options = rewrite, lower, stats, options
         self._tracing = TracingContext.get()
-        self._steps: dict[Denoised, _Step] = {}
+        self._steps: dict[Denoised, _StepGraph] = {}
         self._sizes: list[tuple[Any, Any]] = []
         self._symbols: dict[Any, int] = {}
         self._plain: Compiled
@@ -95,7 +95,7 @@ class Stepwise:
         value = sympy.sympify(dim.node.expr).xreplace(known)
         return int(value) if value.is_number else None
 
-    def _step(self, wanted: Denoised) -> _Step:
+    def _step(self, wanted: Denoised) -> _StepGraph:
         if wanted not in self._steps:
             env = self._tracing.fake_mode.shape_env if self._tracing.fake_mode else None
             guards = len(env.guards) if env else 0
@@ -107,11 +107,11 @@ class Stepwise:
                 compiled = self._lower(aten, [*self.fakes, *inputs])
             if TracingContext.try_get() is None and env is not None and len(env.guards) > guards:
                 raise AssertionError("a guard was added that Dynamo does not check any more")
-            self._steps[wanted] = _Step(compiled, findings, inputs, self._stats, self._options)
+            self._steps[wanted] = _StepGraph(compiled, findings, inputs, self._stats, self._options)
         return self._steps[wanted]
 
 
-class _Step:
+class _StepGraph:
     """A compiled denoising step."""
 
     def __init__(
@@ -128,7 +128,8 @@ class _Step:
         sites = [(name, args[weights]) for name, weights in self.states]
         roles = context.roles(cache=self.options.cache, limit=self.options.limit).to(self.device)
         *outputs, counts = self.compiled(*args, *context.inputs(sites, self.likes, roles))
-        context.done(sites, self.names, counts)
+        context.done(sites)
+        context.count(self.names, counts)
         if self.stats:
             recorder.add(self.names, counts)
         return outputs

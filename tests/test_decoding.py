@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
-from dmoe_compile.decoding import Decoder, Sampling, Step, _candidates, _distance, verify
+from dmoe_compile.decoding import Decoder, Forward, Sampling, _candidates, _distance, verify
 from test_backend import ATEN
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -48,8 +48,10 @@ def sampling(params: dict[str, Any], **changes: Any) -> Sampling:
     return Sampling(MASK, L, **{**values, "eos_token_ids": tuple(params["stopping_criteria_idx"]), **changes})
 
 
-def decode(forward: Any, prompts: list[Tensor], new: int, how: Sampling, **kwargs: Any) -> tuple[Decoder, list[Step]]:
-    steps: list[Step] = []
+def decode(
+    forward: Any, prompts: list[Tensor], new: int, how: Sampling, **kwargs: Any
+) -> tuple[Decoder, list[Forward]]:
+    steps: list[Forward] = []
     ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
     decoder = Decoder(forward, ids, [len(each) for each in prompts], new, how, watch=steps.append, **kwargs)
     for _ in decoder.blocks():
