@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dmoe_compile.generation import Generated as Generated
     from dmoe_compile.generation import generate as generate
     from dmoe_compile.passes.policies import register_policy as register_policy
+    from dmoe_compile.pipelines import StepCallback as StepCallback
     from dmoe_compile.report import Report as Report
     from dmoe_compile.report import explain as explain
     from dmoe_compile.runtime import RoutingStats as RoutingStats
@@ -40,6 +41,7 @@ _HOME = {
     "PrepareReport": "capture",
     "Report": "report",
     "RoutingStats": "runtime",
+    "StepCallback": "pipelines",
     "compile": "backend",
     "denoising": "context",
     "explain": "report",
@@ -56,6 +58,7 @@ __all__ = [
     "PrepareReport",
     "Report",
     "RoutingStats",
+    "StepCallback",
     "compile",
     "denoising",
     "explain",

@@ -119,9 +119,7 @@ class Denoising:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._token is not None
-        _current.reset(self._token)
-        self._token = None
+        self.detach()
         self.close()
 
     def run(self, model: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -130,14 +128,27 @@ class Denoising:
         Raises:
             RuntimeError: while another forward runs in this context, in another thread.
         """
-        if self._token is not None:
-            raise RuntimeError("this decoding context is entered already: call the model itself")
-        self._token, self._owner = _current.set(self), _here()
+        self.attach()
         try:
             return model(*args, **kwargs)
         finally:
-            _current.reset(self._token)
-            self._token = None
+            self.detach()
+
+    def attach(self) -> None:
+        """Make this the context of forwards until detach(), which keeps what is stored: what `run` does around one.
+
+        Raises:
+            RuntimeError: while it is entered, here or in another thread.
+        """
+        if self._token is not None:
+            raise RuntimeError("this decoding context is entered already: call the model itself")
+        self._token, self._owner = _current.set(self), _here()
+
+    def detach(self) -> None:
+        """Undo attach()."""
+        assert self._token is not None
+        _current.reset(self._token)
+        self._token = None
 
     def close(self) -> None:
         """Free what is stored."""

@@ -240,11 +240,12 @@ class Decoder:
         assert block.tokens is not None
         block.wide = self._widened() if block.wide is None else block.wide
         before = block.ids
-        places = self._most_confident(block)  # [B, team.candidates]
+        assert block.confidence is not None
+        places = _most_confident(self._masked(before), block.confidence, self.team)
         guessed = block.tokens.gather(1, places)
         candidates = _candidates(before, places, guessed, self._masked(before))  # [B, C, L]
         count = candidates.shape[1]
-        decoded, cold = self._masks(block, candidates[:, -1], places)
+        decoded, cold = self._masks(block, candidates[:, -1])
         self._describe(decoded, cold, block.start, count)
         logits = self._run(candidates.flatten(0, 1), _aside(block.wide), block.start)
         prompt = block.prompt.repeat_interleave(count, 0)
@@ -295,31 +296,17 @@ class Decoder:
         finished = self.finished if bool(self.finished.any()) else None
         self.context.step(decoded, cold, finished=finished, shape=shape, offset=start, candidates=candidates)
 
-    def _masks(
-        self, block: _Block, filled: Tensor, places: Tensor | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _masks(self, block: _Block, filled: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the tokens that are decoded and those that are cold, [B, L] bool; None in the first forward.
 
         Args:
             block: as the last forward left it.
             filled: [B, L], its ids with all speculated tokens in.
-            places: [B, n], positions that are speculated on.
         """
         if self.team is None or block.seen is None or block.confidence is None:
             return None, None
         decoded = ~self._masked(block.seen) & (block.seen == block.ids)  # what was edited is computed anew
-        cold = self._masked(block.ids) & (_distance(~self._masked(filled)) > self.team.distance)
-        cold &= block.confidence < self.team.confidence
-        if places is not None:
-            cold = cold.scatter(1, places, False)
-        return decoded, cold
-
-    def _most_confident(self, block: _Block) -> Tensor:
-        """Return the positions of the most confident masked tokens, best first, [B, team.candidates]."""
-        assert self.team is not None
-        assert block.confidence is not None
-        sure = torch.where(self._masked(block.ids), block.confidence.float(), -torch.inf)
-        return sure.topk(min(self.team.candidates, sure.shape[1]), dim=1).indices
+        return decoded, cold_tokens(self._masked(block.ids), ~self._masked(filled), block.confidence, self.team)
 
     def _commit(self, logits: Tensor, ids: Tensor, prompt: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ids after one step, predicted tokens, their probabilities, and what was committed, all [R, L]."""
@@ -398,6 +385,25 @@ def _compact(x: Tensor) -> Tensor:
     """Return a tensor of the strides that follow from its shape, which Dynamo guards on: also those of sizes of 1."""
     usual = torch.empty(x.shape, device="meta").stride()
     return x if x.stride() == usual else x.clone(memory_format=torch.contiguous_format)
+
+
+def cold_tokens(masked: Tensor, known: Tensor, confidence: Tensor, team: Options) -> Tensor:
+    """Return the masked tokens that nothing speaks for, [B, L] bool: far from known ones, unsure, none of the surest.
+
+    Args:
+        masked: [B, L] bool, tokens that are not known yet.
+        known: [B, L] bool, those that are, and those that are speculated on.
+        confidence: [B, L], probability of each token's prediction in the last step.
+        team: `distance`, `confidence` and `candidates`.
+    """
+    cold = masked & (_distance(known) > team.distance) & (confidence < team.confidence)
+    return cold.scatter(1, _most_confident(masked, confidence, team), False)
+
+
+def _most_confident(masked: Tensor, confidence: Tensor, team: Options) -> Tensor:
+    """Return the positions of the most confident masked tokens, best first, [B, team.candidates]."""
+    sure = torch.where(masked, confidence.float(), -torch.inf)
+    return sure.topk(min(team.candidates, sure.shape[1]), dim=1).indices
 
 
 def verify(predicted: Tensor, moved: Tensor, places: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def test_diffusion_gemma_pipeline() -> None:
 def _llada2(model: nn.Module, gen_lengths: Sequence[int], **compile_options: Any) -> list[Tensor]:
     """Decode pairs of prompts; the second of a pair is shorter, so it is padded on the left."""
     compiled = torch.compile(model, fullgraph=True, **compile_options)
-    pipeline = LLaDA2Pipeline(compiled, BlockRefinementScheduler(), _tokenizer(128))
+    pipeline = LLaDA2Pipeline(compiled, BlockRefinementScheduler(), tokenizer(128))
     pipeline.set_progress_bar_config(disable=True)
     ids = zoo.inputs("qwen3_moe", 2 * NUM_PROMPTS, PROMPT)["input_ids"].clamp(min=len(SPECIAL))
     texts = [" ".join(f"w{i}" for i in row[: PROMPT - 6 * (n % 2)]) for n, row in enumerate(ids)]
@@ -104,7 +104,7 @@ def _llada2(model: nn.Module, gen_lengths: Sequence[int], **compile_options: Any
 
 def _diffusion_gemma(model: Any) -> Tensor:
     """Decode two canvases from a random canvas that is always the same."""
-    pipeline = DiffusionGemmaPipeline(model, BlockRefinementScheduler(), _tokenizer(512))
+    pipeline = DiffusionGemmaPipeline(model, BlockRefinementScheduler(), tokenizer(512))
     pipeline.set_progress_bar_config(disable=True)
     out = pipeline(
         ["w20 w21 w22 w23", "w30 w31 w32 w33"],
@@ -125,7 +125,7 @@ def _rule(name: str, block_length: int, *, all_experts: bool = False) -> dict[st
     return {"passes": ["dmoe"], "block_length": block_length, "dmoe.min_experts": size, "experts": False}
 
 
-def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     """Return a tokenizer whose word "w9" has id 9, with a chat template and padding on the left."""
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), vocab_size))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
