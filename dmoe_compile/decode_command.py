@@ -84,9 +84,9 @@ def run(
         raise ValueError(f"--trace {trace}: there is no folder {trace.parent}; make it first")
     if threads is not None:
         torch.set_num_threads(threads)
-    model, _ = loading.load_model(source.model, source.trust_remote_code, source.seed)
     tokenizer = loading.load_tokenizer(source.model, source.trust_remote_code)
-    prompts = source.tokens(tokenizer)
+    prompts = source.tokens(tokenizer)  # before the model loads, which can take minutes
+    model, _ = loading.load_model(source.model, source.trust_remote_code, source.seed)
     mask_token = how.get("mask_token_id")
     if mask_token is None and tokenizer is not None and getattr(model.config, "mask_token_id", None) is None:
         mask_token = tokenizer.mask_token_id
