@@ -202,6 +202,36 @@ def coresets(
 
 
 @bench.command()
+def decoding(
+    layers: Annotated[int, typer.Option(help="Layers of SDAR-30B-A3B's width; 2.4 GB each in fp32.")] = 2,
+    blocks: Annotated[int, typer.Option(help="Blocks of an answer.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Timed decodings of each way; medians are shown.")] = 3,
+    tokens_per_forward: Annotated[
+        float, typer.Option(help="Assumed: tokens that a forward accepts without passes.")
+    ] = 2.0,
+    top_p: Annotated[float, typer.Option(help="dmoe.top_p of the ways with dmoe.")] = 0.8,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 where the CPU multiplies it.")
+    ] = "auto",
+    recorded: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Instead: tests/reference/sdar_tiny_weights.json as it is.")
+    ] = None,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """What TEAM gains in decoding, strategy by strategy: forwards, experts, time per accepted token."""
+    with _usage_errors(json):
+        from dmoe_compile.bench import decoding as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        settings = figure.Settings(layers, blocks, 64, repeats, tokens_per_forward, top_p, dtype, recorded, threads)
+    with _progress() as progress:
+        rows = figure.run(settings, progress)
+    _show(figure.table(rows), rows, json)
+
+
+@bench.command()
 def prepare(
     layers: Annotated[float, typer.Option(help="Share of each model's layers.")] = 1.0,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds for plain Inductor on each model.")] = 300.0,

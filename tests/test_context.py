@@ -281,6 +281,50 @@ def test_other_shapes_are_plain() -> None:
         assert context.nbytes == 0
 
 
+def test_graph_breaks_keep_the_state() -> None:
+    """Each piece of a broken model serves its own sites, whose names in the pieces may be the same."""
+    layers = build(0), build(1)
+
+    def model(x: Tensor) -> Tensor:
+        x = layers[0](x)
+        torch._dynamo.graph_break()
+        return layers[1](x)
+
+    call = torch.compile(model, backend="dmoe", options={"passes": ["team"], **ATEN})
+    stored: list[Tensor] = []
+    with dmoe_compile.denoising() as context:
+        for step in range(3):
+            context.step(SOME if step else None, shape=SIZE)
+            x = wanted = draw(step)
+            for i, layer in enumerate(layers):
+                own = moe(layer(wanted), wanted)
+                if step:
+                    own = torch.where(SOME.unsqueeze(-1), stored[i], own)
+                stored[i : i + 1] = [own]
+                wanted = wanted + own
+            assert_close(call(x), wanted, **INDUCTOR)
+        assert len(context.stats) == 3
+
+
+def test_plain_forwards_count_too_with_stats() -> None:
+    model = build()
+    call = torch.compile(model, backend="dmoe", options={"passes": ["team"], "stats": True, **ATEN}, fullgraph=True)
+    with dmoe_compile.denoising() as context:
+        call(draw(0))
+        (plain,) = context.counted().values()
+        context.step(shape=SIZE)
+        assert context.counted() == {}  # of a forward that has not run
+        call(draw(0))
+        assert list(context.counted().values()) == [plain]
+        context.step(ALL)
+        call(draw(0))
+        assert list(context.counted().values()) < [plain]
+        context.plain()
+        call(draw(0))
+        assert list(context.counted().values()) == [plain]
+    assert len(context.stats) == 4
+
+
 def test_recompiles_and_resets_keep_the_state() -> None:
     model = build()
     with dmoe_compile.denoising() as context:

@@ -188,6 +188,18 @@ def test_verification(predicted: list[list[int]], moved: list[list[int]], choice
     assert verify(torch.tensor([predicted]), torch.tensor([moved]).bool(), places).tolist() == [choice]
 
 
+def test_a_guess_has_two_chances() -> None:
+    """What docs/decoding.md says of sampling: where the second guess is accepted, the first is drawn twice."""
+    outcomes = {}
+    for drawn in (5, 9):  # by the plain candidate at the first place; 5 is the guess
+        for again in (5, 9):  # by the candidate with the second guess in view
+            predicted = torch.tensor([[[drawn, 6], [5, 9], [again, 6], [5, 6]]])
+            moved = torch.tensor([[[1, 1], [0, 1], [1, 0], [0, 0]]]).bool()
+            (choice,) = verify(predicted, moved, torch.tensor([[0, 1]])).tolist()
+            outcomes[drawn, again] = int(predicted[0, choice, 0])
+    assert outcomes == {(5, 5): 5, (5, 9): 5, (9, 5): 5, (9, 9): 9}
+
+
 def test_verification_of_one_guess() -> None:
     predicted, places = torch.tensor([[[5], [5]], [[9], [5]]]), torch.tensor([[0], [0]])
     moved = torch.ones(2, 2, 1, dtype=torch.bool)
