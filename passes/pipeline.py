@@ -89,7 +89,8 @@ def run(
         _restore(graph, sites, before)
         raise
     if rows is not None and passes["team"].cache:
-        findings.states = reuse(graph, sites, findings.layouts, rows, tracer)
+        routed = [outcome.site for outcome in findings.outcomes]
+        findings.states = reuse(graph, routed, findings.layouts, rows, tracer)
     if stats and not joint:
         counted = [(outcome.site, outcome.below_promise) for outcome in findings.outcomes]
         to_count = [(site, where, below) for (site, below), where in zip(counted, findings.layouts, strict=True)]

@@ -37,7 +37,7 @@ prims = torch.ops.prims
 
 _SELECTIONS = (aten.topk.default, aten.sort.default, aten.sort.stable, aten.argmax.default, aten.max.dim)
 _MATMULS = {aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.linear, aten.matmul}
-_VIEWS = {
+VIEWS = {
     aten.view, aten._unsafe_view, aten.reshape, aten.t, aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze,
     aten.expand, aten.clone, aten._to_copy, aten.detach, aten.alias, aten.slice, aten.select, aten.contiguous,
     prims.convert_element_type,
@@ -252,7 +252,7 @@ class _Finder:
             foreign = any(self._is_foreign(a, region.routing, bank_of) for a in node.all_input_nodes)
             weights = self._expert_weights(node, sel.num_experts)
             moved = [w for a in node.all_input_nodes for w in gathered.get(a, ())]
-            if (weights and packet(node) in _GATHERS) or (moved and packet(node) in _VIEWS):
+            if (weights and packet(node) in _GATHERS) or (moved and packet(node) in VIEWS):
                 gathered[node] = weights or moved
             elif moved or (weights and (joins or not foreign)):
                 self._enter(node, flows, region, bank_of).experts.append(node)
@@ -290,7 +290,7 @@ class _Finder:
             here = stack.pop()
             weights = self._folded_weights(here, num_experts)
             if here.op != "call_function" or not (
-                weights or packet(here) in _VIEWS or num_experts in (shape(here) or ())
+                weights or packet(here) in VIEWS or num_experts in (shape(here) or ())
             ):
                 continue
             if weights:
@@ -341,13 +341,13 @@ class _Finder:
 
     def _parameter(self, node: fx.Node) -> fx.Node | None:
         """Return the parameter that a node is a view or a cast of."""
-        while node.op == "call_function" and packet(node) in _VIEWS:
+        while node.op == "call_function" and packet(node) in VIEWS:
             node = node.all_input_nodes[0]
         return node if self._is_parameter(node) else None
 
     def _expert_weights(self, node: fx.Node, num_experts: int) -> list[fx.Node]:
         """Return the parameters [E, ., ...] that an op reads as such; a view that folds E away is no expert weight."""
-        if packet(node) in _VIEWS:
+        if packet(node) in VIEWS:
             return []
         found = []
         for operand in node.all_input_nodes:
@@ -450,7 +450,7 @@ class _Finder:
                 if _same(dims[-1], sel.top_k) and _same(prod(dims), pairs):
                     return node
                 sources = [a for a in node.all_input_nodes if a in region.routing and _is_float(a)]
-                if len(sources) != 1 or packet(node) not in _VIEWS | _GATHERS:
+                if len(sources) != 1 or packet(node) not in VIEWS | _GATHERS:
                     break
                 (node,) = sources
         return None

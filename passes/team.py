@@ -5,7 +5,8 @@
 
 `roles`, which says who is decoded or cold, `rows` and `stored` are inputs that a decoding context gives at every call
 (dmoe_compile/context.py).
-A decoded token does not vote and activates no expert of its own: it is pointed at experts that are read anyway.
+A decoded token does not vote and activates no expert of its own: it is pointed at experts that are read anyway, and
+left out of grouped matmuls (passes/skip.py).
 N is what hot tokens choose (passes/limit.py).
 Left alone: joint graphs, and forwards and sites whose rows are not those that the context denoises.
 
@@ -23,6 +24,7 @@ from dmoe_compile.passes.constrain import Layout, Step, Tracer
 from dmoe_compile.passes.inline import inserted
 from dmoe_compile.passes.limit import DECODED
 from dmoe_compile.passes.sites import Site
+from dmoe_compile.passes.skip import skip
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -114,6 +116,7 @@ def reuse(
     for i, (site, where) in enumerate(zip(sites, layouts, strict=True)):
         if where.step is None:
             continue
+        skip(graph, site, where.step.roles, tracer)
         value = site.combine.meta["val"]
         size = (where.batch, where.seq, value.shape[-1])
         stored = _input(graph, f"dmoe_stored_{i}", size, value.dtype, where)
