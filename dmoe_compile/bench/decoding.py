@@ -10,9 +10,11 @@ Measured: seconds, unique experts, forwards, bytes kept. Assumed, because random
                  z ~ N(0, 1.5). Where d is the distance to the nearest known token, the model is sure of its token with
                  probability sigmoid(ease + z - 0.7 (d - 1)), and right where that is above a half. `ease` is such that
                  decoding without passes accepts `tokens_per_forward` tokens a forward at threshold 0.9.
-    routers      Their rows have log-normal lengths, so that some experts are popular. The spread is such that a half
-                 masked block uses 43% of the experts that even routing would: the share that is published for
-                 LLaDA2.0-mini (69.5 unique experts of 256, 8 a token, where even routing uses 163).
+    routers      Their rows have log-normal lengths, so that some experts are popular. The spread is such that blocks
+                 of an eighth to seven eighths known tokens use 43% of the experts that even routing would: the share
+                 that is published for LLaDA2.0-mini (69.5 unique experts of 256, 8 a token; even routing uses 163).
+    masks        In a trained model a mask token's state soon depends on its place; in a random one all mask tokens
+                 would choose the same experts. So they get embeddings of their own, and share half of their variance.
 
 With `recorded` the weights are those of tests/reference/sdar_tiny_weights.json, routers and confidences their own.
 
@@ -46,11 +48,12 @@ if TYPE_CHECKING:
 
 BLOCK = 32
 UNIQUE_SHARE = 69.5 / 163  # of what even routing uses: LLaDA2.0-mini, in the dMoE paper (arXiv 2605.30876)
+_LEVELS = 4  # of known tokens in a block, for which routers are calibrated
 _DIFFICULTY, _DECAY = 1.5, 0.7
 _THRESHOLD = 0.9
-_VOCABULARY = 1024
+_VOCABULARY = 1024  # and then a mask token for each position
+_SHARED = 0.5  # variance that the embeddings of mask tokens have in common
 _CONFIG = {
-    "vocab_size": _VOCABULARY,
     "hidden_size": 2048,
     "intermediate_size": 6144,
     "moe_intermediate_size": 768,
@@ -71,6 +74,8 @@ WAYS: dict[str, Row] = {
     "team": {"passes": ["team"]},
     "dmoe": {"passes": ["dmoe"]},
     "team, dmoe": {"passes": ["team", "dmoe"]},
+    "team, two rows": {"passes": ["team"], "team.candidates": 1},
+    "cache, limit, dmoe": {"passes": ["team", "dmoe"], "team.speculate": False},
 }
 GOAL_BYTES, GOAL_TIME, GOAL_CONTEXT = 1.9, 1.5, 0.01
 
@@ -236,6 +241,10 @@ class Script:
         self.right = torch.randint(0, mask, (columns,), generator=generator)
         self.difficulty = _DIFFICULTY * torch.randn(columns, generator=generator)
 
+    def seen(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """Return what the model reads: each masked place has a token of its own."""
+        return ids.where(ids != self.mask, self.vocabulary + positions)
+
     def logits(self, ids: Tensor, positions: Tensor) -> Tensor:
         """Return [R, L, V] for rows of one block, whose left neighbour is known."""
         import torch
@@ -257,7 +266,7 @@ class Script:
 def calibrated(settings: Settings, prompt: Tensor, mask: int) -> Script:
     """Return the script with which decoding without passes accepts `tokens_per_forward` tokens a forward."""
     low, high = -12.0, 12.0
-    columns = settings.prompt + (settings.blocks + 1) * BLOCK
+    columns = _columns(settings)
     for _ in range(20):
         script = Script(columns, _VOCABULARY, mask, settings.seed, (low + high) / 2)
         trial = _decode(None, prompt, settings, script, mask, None, {})
@@ -282,11 +291,12 @@ def _decode(
     from dmoe_compile.decoding import Decoder, Sampling
 
     def forward(**kwargs: Any) -> Any:
-        out = None if compiled is None else compiled(**kwargs)
-        ids = kwargs["input_ids"]
+        ids, places = kwargs["input_ids"], kwargs["position_ids"]
+        seen = ids if script is None else script.seen(ids, places)
+        out = None if compiled is None else compiled(**{**kwargs, "input_ids": seen})
         if script is None or ids.shape[1] != BLOCK:
             return out or SimpleNamespace(logits=None)
-        return SimpleNamespace(logits=script.logits(ids, kwargs["position_ids"]))
+        return SimpleNamespace(logits=script.logits(ids, places))
 
     if model is not None:
         forward.dtype = model.dtype  # type: ignore[attr-defined]
@@ -351,12 +361,22 @@ def _stack(settings: Settings) -> tuple[PreTrainedModel, int]:
     torch.set_default_dtype(dtype)
     try:
         torch.manual_seed(settings.seed)
-        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**_CONFIG, num_hidden_layers=settings.layers)).eval()
+        config = Qwen3MoeConfig(
+            **_CONFIG, vocab_size=_VOCABULARY + _columns(settings), num_hidden_layers=settings.layers
+        )
+        model = Qwen3MoeForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(default)
     model.set_experts_implementation("grouped_mm")
+    masks = model.model.embed_tokens.weight[_VOCABULARY:]
+    with torch.no_grad():
+        masks.mul_((1 - _SHARED) ** 0.5).add_(masks[0].clone() / (1 - _SHARED) ** 0.5 * _SHARED**0.5)
     _make_popular(model, settings.seed)
     return model, _VOCABULARY - 1
+
+
+def _columns(settings: Settings) -> int:
+    return settings.prompt + (settings.blocks + 1) * BLOCK
 
 
 def _make_popular(model: PreTrainedModel, seed: int) -> None:
@@ -370,11 +390,17 @@ def _make_popular(model: PreTrainedModel, seed: int) -> None:
     shape = (len(model.model.layers), count, config.hidden_size)
     rows = torch.randn(shape, generator=generator) / config.hidden_size**0.5
     popularity = torch.randn(*shape[:2], 1, generator=generator)
-    ids = torch.randint(0, config.vocab_size - 1, (1, BLOCK), generator=generator)
-    ids[:, torch.randperm(BLOCK, generator=generator)[: BLOCK // 2]] = config.vocab_size - 1
+    rows_of_ids = torch.randint(0, _VOCABULARY - 1, (_LEVELS, BLOCK), generator=generator)
+    open_places = torch.rand(_LEVELS, BLOCK, generator=generator).argsort(1).argsort(1)
+    known = (torch.arange(_LEVELS).unsqueeze(1) + 0.5) / _LEVELS * BLOCK
+    ids = torch.where(open_places < known, rows_of_ids, _VOCABULARY + torch.arange(BLOCK))
     used: list[int] = []
     gates = [layer.mlp.gate for layer in model.model.layers]
-    hooks = [gate.register_forward_hook(lambda _, __, out: used.append(out[2].unique().numel())) for gate in gates]
+
+    def note(_: object, __: object, out: Sequence[Tensor]) -> None:
+        used.extend(row.unique().numel() for row in out[2].view(_LEVELS, -1))
+
+    hooks = [gate.register_forward_hook(note) for gate in gates]
     low, high = 0.0, 4.0
     with torch.no_grad():
         for _ in range(8):
@@ -382,7 +408,7 @@ def _make_popular(model: PreTrainedModel, seed: int) -> None:
             for gate, row, each in zip(gates, rows, popularity, strict=True):
                 gate.weight.copy_(row * (spread * each).exp())
             used.clear()
-            model(ids, attention_mask=torch.zeros(1, 1, BLOCK, BLOCK, dtype=model.dtype), use_cache=False)
+            model(ids, attention_mask=torch.zeros(_LEVELS, 1, BLOCK, BLOCK, dtype=model.dtype), use_cache=False)
             low, high = (spread, high) if mean(used) > wanted else (low, spread)
     for hook in hooks:
         hook.remove()
