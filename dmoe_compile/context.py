@@ -240,7 +240,8 @@ class Denoising:
     def stats(self) -> list[StepStats]:
         """Unique experts of every forward that counted, oldest first; kept after the context is left.
 
-        Those are the forwards that step() described, and with ``options={"stats": True}`` the plain ones.
+        Those are the forwards that step() described, and with ``options={"stats": True}`` the plain ones, each after a
+        plain() of its own.
         """
         found: dict[int, dict[str, int]] = {}
         for number, names, counts in self._counts:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -93,7 +93,7 @@ def run(
     lengths = [len(each) for each in prompts]
     input_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(model.device)
     attention_mask = torch.arange(input_ids.shape[1]) < torch.tensor(lengths).unsqueeze(1)
-    compiled = backend.compile(model, config, options={"stats": True} if trace is not None else None)
+    compiled = backend.compile(model, replace(config, stats=True) if trace is not None else config)
     decode = partial(generate, compiled, input_ids, attention_mask=attention_mask.to(model.device))
     arguments = {"block_length": config.block_length, **how, "mask_token_id": mask_token}
 
@@ -147,9 +147,14 @@ class _Printer:
         elif not self.prompt:
             for number, row in enumerate(value):
                 name = f"[{number}] " if self.rows > 1 else ""
-                text = " ".join(map(str, row.tolist())) if self.tokenizer is None else self.tokenizer.decode(row)
+                text = " ".join(map(str, row.tolist())) if self.tokenizer is None else self._text(row)
                 print(f"{name}{text}", file=self.file, flush=True)
         self.prompt = False
+
+    def _text(self, row: Tensor) -> str:
+        assert self.tokenizer is not None
+        text: str = self.tokenizer.decode(row, skip_special_tokens=True)
+        return text
 
     def end(self) -> None:
         if self.streamer is not None:

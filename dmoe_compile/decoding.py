@@ -154,15 +154,13 @@ class Decoder:
         generator: torch.Generator | None = None,
         watch: Callable[[Forward], None] | None = None,
     ) -> None:
-        from diffusers import BlockRefinementScheduler
         from transformers import DynamicCache
 
         self.forward, self.sampling, self.team = forward, sampling, team
         self.generator, self.watch = generator, watch
         self.context = Denoising()
         self.cache: DynamicCache = DynamicCache()
-        scheduler: Any = BlockRefinementScheduler  # its decorators hide its types
-        self.scheduler = scheduler(sampling.block_length, sampling.steps, sampling.threshold)
+        self.scheduler = _scheduler(sampling)
         self.scheduler.set_timesteps(sampling.steps, device=input_ids.device)
         length, lengths = sampling.block_length, list(lengths)
         full = [each // length for each in lengths]
@@ -174,6 +172,7 @@ class Decoder:
         for row, (each, pad) in enumerate(zip(lengths, self.padding.tolist(), strict=True)):
             self.ids[row, pad : pad + each] = input_ids[row, :each]
             self.prompt[row, pad : pad + each] = True
+        self.limits = self.padding + torch.tensor(lengths, device=input_ids.device) + new_tokens  # columns
         self.finished = torch.zeros(len(lengths), dtype=torch.bool, device=input_ids.device)
 
     @torch.no_grad()
@@ -199,15 +198,18 @@ class Decoder:
             else:
                 self._denoise(block, step)
             step += 1
-        assert not self._unknown(block), "the schedule commits all tokens of a block in its steps"
+        if self._unknown(block):  # the model predicted mask tokens
+            self._denoise(block, step, last=True)
+            step += 1
+        block.edited = True  # what was committed last has not been read yet
         while self.sampling.editing_threshold is not None and block.edited and post < self.sampling.max_post_steps:
-            self._denoise(block, step + post)
+            self._denoise(block, step + post, last=True)
             post += 1
         self.ids[:, start:end] = block.ids
         self._plain("store", number, step + post, start, end)
         new = ~block.prompt & ~self.finished.unsqueeze(-1)
         stops = torch.tensor(self.sampling.eos_token_ids, device=block.ids.device)
-        self.finished |= (torch.isin(block.ids, stops) & new).any(1)
+        self.finished |= (torch.isin(block.ids, stops) & new).any(1) | (end >= self.limits)
         return block.ids
 
     def _unknown(self, block: _Block) -> bool:
@@ -223,13 +225,13 @@ class Decoder:
             layer.keys, layer.values = (_compact(each) for each in (layer.keys, layer.values))
         self._tell(Forward(number, step, kind, start, ids.unsqueeze(1)))
 
-    def _denoise(self, block: _Block, step: int) -> None:
-        """One forward with one candidate."""
+    def _denoise(self, block: _Block, step: int, *, last: bool = False) -> None:
+        """One forward with one candidate; the `last` of a block commits all that is left."""
         before, first = block.ids, block.seen is None
         decoded, cold = self._masks(block, before)
         self._describe(decoded, cold, block.start, 1)
         logits = self._run(before, _aside(self.cache), block.start)
-        results = self._commit(logits, before, block.prompt, step)
+        results = self._commit(logits, before, block.prompt, step, last=last)
         kind = "first" if first and self.team is not None else "denoise"
         choice = torch.zeros(len(before), dtype=torch.int64)
         self._take(block, step, kind, before.unsqueeze(1), results, choice, decoded, cold)
@@ -308,9 +310,18 @@ class Decoder:
         decoded = ~self._masked(block.seen) & (block.seen == block.ids)  # what was edited is computed anew
         return decoded, cold_tokens(self._masked(block.ids), ~self._masked(filled), block.confidence, self.team)
 
-    def _commit(self, logits: Tensor, ids: Tensor, prompt: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return ids after one step, predicted tokens, their probabilities, and what was committed, all [R, L]."""
+    def _commit(
+        self, logits: Tensor, ids: Tensor, prompt: Tensor, step: int, *, last: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return ids after one step, predicted tokens, their probabilities, and what was committed, all [R, L].
+
+        The last step commits every masked token, and none as a mask.
+        """
         s = self.sampling
+        threshold = s.threshold
+        if last:
+            threshold = -1.0  # which every probability exceeds
+            logits = logits.index_fill(-1, torch.tensor([s.mask_token_id], device=logits.device), -torch.inf)
         results = []
         editing = s.editing_threshold is not None
         together = not editing or bool((prompt == prompt[:1]).all())  # the scheduler takes one prompt mask
@@ -323,7 +334,7 @@ class Decoder:
                 temperature=s.temperature,
                 top_k=s.top_k,
                 top_p=s.top_p,
-                threshold=s.threshold,
+                threshold=threshold,
                 editing_threshold=s.editing_threshold,
                 prompt_mask=prompt[rows][0],
                 generator=self.generator,
@@ -372,6 +383,23 @@ class Decoder:
 
     def _masked(self, ids: Tensor) -> Tensor:
         return ids == self.sampling.mask_token_id
+
+
+def _scheduler(sampling: Sampling) -> Any:
+    """Return diffusers' scheduler; how sure it is of a token is the token's whole probability, before any filter."""
+    from diffusers import BlockRefinementScheduler
+
+    scheduler: Any = BlockRefinementScheduler  # its decorators hide its types
+    made = scheduler(sampling.block_length, sampling.steps, sampling.threshold)
+    if sampling.temperature:
+        sample = made._sample_from_logits
+
+        def sampled(logits: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            tokens, _ = sample(logits, **kwargs)
+            return tokens, logits.float().softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+        made._sample_from_logits = sampled
+    return made
 
 
 def _aside(cache: DynamicCache) -> DynamicCache:

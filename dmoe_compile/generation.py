@@ -94,7 +94,8 @@ def generate(
 
     The model's forward takes input_ids, a 4D attention_mask that is added to attention scores, position_ids,
     past_key_values (a transformers Cache) and use_cache, and predicts each position's own token: SDAR (as Qwen3-MoE),
-    LLaDA2 and their like. Not for models with a canvas and an encoder, such as DiffusionGemma.
+    LLaDA2 and their like. Not for models with a canvas and an encoder, such as DiffusionGemma, nor with sliding
+    windows: the mask says who sees whom, in every layer.
 
     At temperature 0 the same call gives the same tokens, bit for bit. What TEAM does to sampling: docs/decoding.md.
 
@@ -117,7 +118,8 @@ def generate(
         streamer: takes the prompts, then the tokens of each block once it is finished: [B, n] int64 on the CPU. In a
             batch `pad_token_id` stands for what is no answer: the end of a prompt, whatever follows the end of text.
         trace: a file for one JSON object a line, or what takes these objects: a header, one for every forward, an end.
-            Positions in it count from the first token of a row's prompt. Counts the experts, which costs some time.
+            Positions in it count from the first token of a row's prompt. Counts the experts, which costs some time
+            (not those of plain forwards, where the model was compiled before, without ``stats``).
         progress: shows a bar.
 
     Raises:
@@ -130,11 +132,21 @@ def generate(
                 "that torch.compile() was given"
             )
         config = backend.config_of(model)
+    elif getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "the model was compiled by model.compile(), which hides its options: give generate() what "
+            'torch.compile(model, backend="dmoe", ...) returns, or the model and config='
+        )
     elif config is not None:
         config = replace(config, stats=True) if trace is not None else config
         model = backend.compile(model, config)
+    if getattr(model, "training", False):
+        raise ValueError(
+            "the model is in training mode, where dropout and the like are random; call model.eval() first"
+        )
     facts = _facts(model)
     stops = facts.get("eos_token_id") if eos_token_id is None else eos_token_id
+    stops = stops.tolist() if isinstance(stops, Tensor) else stops
     stops = (stops,) if isinstance(stops, int) else tuple(stops or ())
     sampling = Sampling(
         mask_token_id=_mask_token(facts, mask_token_id),
@@ -153,6 +165,11 @@ def generate(
     if not isinstance(pad, int):  # some configs hold a list, or none
         pad = stops[0] if stops else sampling.mask_token_id
     prompts, lengths = _prompts(input_ids, attention_mask, pad)
+    for number, (row, length) in enumerate(zip(prompts, lengths, strict=True)):
+        if (row[:length] == sampling.mask_token_id).any():
+            raise ValueError(
+                f"prompt {number} holds the mask token, {sampling.mask_token_id}, which decoding would fill in"
+            )
     team = config.selected.get("team") if config is not None else None
     with _writer(trace) as write:
         seen = _Seen(write)
@@ -312,4 +329,4 @@ def _writer(trace: str | Path | Write | None) -> Iterator[Write]:
         yield trace
     else:
         with Path(trace).open("w") as file:
-            yield lambda line: print(json.dumps(line), file=file)
+            yield lambda line: print(json.dumps(line, default=repr), file=file)

@@ -61,6 +61,7 @@ class StepCallback(PipelineCallback):
         self.follower: _Follower = followers[kind](self.team)
         self.context = Denoising()
         self._hooks: list[Any] = []
+        self._attached = False
 
     @property
     def tensor_inputs(self) -> list[str]:
@@ -73,8 +74,9 @@ class StepCallback(PipelineCallback):
         return self.context.stats
 
     def __enter__(self) -> StepCallback:
-        if self._hooks:
-            raise RuntimeError("this callback is entered already; make one for each pipeline")
+        others = [getattr(hook, "__self__", None) for hook in self.model._forward_pre_hooks.values()]
+        if any(isinstance(other, StepCallback) for other in others):
+            raise RuntimeError("this callback, or another one of the same model, is entered already; leave it first")
         self._hooks = [
             self.model.register_forward_pre_hook(self._before, with_kwargs=True),
             self.model.register_forward_hook(self._after, always_call=True),
@@ -85,12 +87,13 @@ class StepCallback(PipelineCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._after()  # the model was interrupted
         self.follower.forget()
         self.context.close()
 
     def callback_fn(self, pipeline: Any, step_index: int, timestep: int, callback_kwargs: dict[str, Any]) -> Any:
         """Take what a step has shown; the pipeline calls this."""
-        if not self._hooks or pipeline is not self.pipe:
+        if not self._hooks or pipeline is not self.pipe or pipeline.model is not self.model:
             raise RuntimeError("call the pipeline inside `with dmoe_compile.StepCallback(pipe) as callback`")
         self.follower.take(callback_kwargs)
         return callback_kwargs
@@ -98,9 +101,12 @@ class StepCallback(PipelineCallback):
     def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.follower.describe(self.context, args, kwargs)
         self.context.attach()
+        self._attached = True
 
     def _after(self, *_: object) -> None:
-        self.context.detach()
+        if self._attached:
+            self.context.detach()
+        self._attached = False
 
 
 class _Follower(ABC):

@@ -141,6 +141,48 @@ def test_no_mask_is_left(tmp_path: Path) -> None:
         assert not (decoder.ids == MASK).any()
 
 
+def test_a_model_that_predicts_masks_leaves_none(tmp_path: Path) -> None:
+    """What it would leave masked after all steps is committed by one more, as the best token that is none."""
+    model = load(tmp_path)
+    with torch.no_grad():
+        model.lm_head.weight[MASK] = 2 * model.lm_head.weight.abs().max(0).values * model.lm_head.weight[5].sign()
+    for team in (None, Options(cache=False, limit=False)):
+        decoder, forwards = decode(model, [torch.randint(0, 126, (7,))], 50, Sampling(MASK, L, steps=4), team=team)
+        assert not (decoder.ids == MASK).any()
+        assert max(forward.step for forward in forwards) == 5  # four, the last, and then the store
+
+
+def test_editing_reads_what_was_committed_last(tmp_path: Path) -> None:
+    """All tokens are committed in one step; a forward that reads them may change them, and never into a mask."""
+    model = load(tmp_path)
+    how = Sampling(MASK, L, threshold=1e-6, editing_threshold=1e-6, max_post_steps=3)
+    decoder, forwards = decode(model, [torch.randint(0, 126, (32,))], 32, how)
+    first, *posts = [forward for forward in forwards if forward.kind == "denoise"]
+    assert first.committed is not None
+    assert first.committed.all()
+    assert posts
+    assert any(forward.edited is not None and forward.edited.any() for forward in posts)
+    assert not (decoder.ids == MASK).any()
+
+
+def test_confidence_is_the_whole_probability(tmp_path: Path) -> None:
+    """Sampled from the best token alone it would be 1, and a block one step."""
+    model, prompt = load(tmp_path), torch.randint(0, 126, (32,))
+    greedy, _ = decode(model, [prompt], 32, Sampling(MASK, L))
+    for temperature in (0.5, 1.0):
+        sampled, _ = decode(model, [prompt], 32, Sampling(MASK, L, temperature=temperature, top_k=1))
+        assert torch.equal(sampled.ids, greedy.ids)
+
+
+def test_a_row_that_has_its_tokens_is_finished(tmp_path: Path) -> None:
+    model, how = load(tmp_path), Sampling(MASK, L, threshold=0.5)
+    decoder, forwards = decode(model, [torch.randint(0, 126, (length,)) for length in (31, 2)], 32, how)
+    assert decoder.finished.tolist() == [True, True]
+    last = [forward for forward in forwards if forward.kind == "denoise"][-1]
+    assert decoder.ids.shape[1] == 64
+    assert last.block == 1
+
+
 def test_prompts_are_never_overwritten(tmp_path: Path) -> None:
     model, prompt = load(tmp_path), torch.randint(0, 126, (45,))
     for editing in (None, 0.1):

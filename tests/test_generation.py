@@ -5,6 +5,7 @@ B: sequences; L: block length
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,7 @@ def test_the_models_own_tokens_are_found(model: PreTrainedModel) -> None:
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\], but must be as input_ids, \[1, 4\]"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "attention_mask has a hole in row 0"),
         ({"input_ids": torch.ones(4, dtype=torch.int64)}, r"input_ids is int64\[4\], but must be int64\[B, S\]"),
+        ({"input_ids": torch.tensor([[1, MASK, 3]])}, "prompt 0 holds the mask token, 127"),
         (
             {"config": Config(passes=("dmoe",)), "block_length": 8},
             "block_length=8, but the passes vote in blocks of 32",
@@ -170,6 +172,22 @@ def test_bad_arguments_are_refused(model: PreTrainedModel, kwargs: dict[str, Any
 def test_a_compiled_model_takes_no_config(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="config= is for a model that is not compiled yet"):
         generate(torch.compile(model, backend="dmoe"), prompt(4), config=Config())
+
+
+def test_models_that_would_not_decode_as_asked_are_refused(model: PreTrainedModel) -> None:
+    other = copy.deepcopy(model)
+    other.train()
+    with pytest.raises(ValueError, match=r"in training mode, where dropout and the like are random; call model\.eval"):
+        generate(other, prompt(4))
+    other.eval().compile(backend="dmoe", options={"passes": ["team"]})
+    with pytest.raises(ValueError, match=r"compiled by model\.compile\(\), which hides its options"):
+        generate(other, prompt(4))
+
+
+def test_ends_of_text_may_be_a_tensor(model: PreTrainedModel) -> None:
+    first = int(generate(model, prompt(20), max_new_tokens=12).answers[0][0])
+    out = generate(model, prompt(20), max_new_tokens=12, eos_token_id=torch.tensor([first, 126]))
+    assert len(out.answers[0]) == 1
 
 
 @pytest.mark.parametrize(

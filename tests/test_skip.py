@@ -97,6 +97,57 @@ def test_decoded_tokens_are_multiplied_by_nobody(name: str) -> None:
     assert not any(out.isnan().any() for out in outs)
 
 
+class SlotMajor(nn.Module):
+    """A router whose ids are sorted slot by slot: the first choices of all tokens, then the second ones."""
+
+    def __init__(self, *, looks: str = "") -> None:
+        super().__init__()
+        self.gate = nn.Linear(16, 8, bias=False)
+        self.up = nn.Parameter(torch.randn(8, 16, 16) / 4)
+        self.looks = looks
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.reshape(-1, 16)
+        weights, ids = self.gate(rows).softmax(-1).topk(2, dim=-1)
+        if self.looks:
+            flat, order, token = ids.reshape(-1), weights.reshape(-1), 2
+        else:
+            flat, order, token = ids.t().reshape(-1), weights.t().reshape(-1), 1
+        sorted_ids, perm = torch.sort(flat)
+        counts = torch.histc(sorted_ids.float(), bins=8, min=0, max=7)
+        source = perm // 2 if token == 2 else perm % len(rows)
+        offsets = counts.cumsum(0, dtype=torch.int32)
+        out = torch.ops.transformers.grouped_mm_fallback(rows[source], self.up, offsets)
+        weighted = out * order[perm].unsqueeze(-1)
+        if self.looks == "scale":
+            weighted = weighted / weighted.abs().amax()  # of all rows
+        back = torch.empty_like(perm)
+        back[perm] = torch.arange(len(perm))
+        dims = (-1, 2, 16) if token == 2 else (2, -1, 16)
+        result = weighted[back].view(dims).sum(1 if token == 2 else 0).view(x.shape)
+        return (result, out) if self.looks == "returns" else result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("looks", "skips"), [("no", True), ("", False), ("scale", False), ("returns", False)])
+def test_only_what_stays_in_its_rows_is_left_out(looks: str, skips: bool) -> None:
+    """Other orders of the ids, values over all rows, and rows that are handed out."""
+    torch.manual_seed(0)
+    model = SlotMajor(looks=looks)
+    nn.init.normal_(model.gate.weight, std=0.5)
+    inputs = torch.randn(2, B, S, 16)
+    with skipped() as said, dmoe_compile.denoising() as context:
+        compiled = torch.compile(model, backend="dmoe", options={"passes": ["team"], **ATEN}, fullgraph=True)
+        context.step(shape=SIZE)
+        compiled(inputs[0])
+        context.step(SOME)
+        out = output(compiled(inputs[1]))
+    assert all(each == skips for each in said)
+    assert said or looks == "scale"
+    if looks != "scale":  # whose scale is also that of the tokens that are not computed
+        assert_close(out[~SOME], output(model(inputs[1]))[~SOME], **INDUCTOR)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "experts"), [("gpt_oss", "grouped_mm"), ("qwen3_moe", "batched_mm")])
 def test_other_forms_are_left_alone(name: str, experts: Any) -> None:

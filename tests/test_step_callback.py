@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import dmoe_compile
 import zoo
+from dmoe_compile.context import current
 from test_backend import ATEN
 from test_pipelines import MASK, SPECIAL, L, tokenizer
 
@@ -185,6 +186,29 @@ def test_it_works_only_entered_and_once() -> None:
         pipe(PROMPTS, callback_on_step_end=callback, **how)
     with callback, pytest.raises(RuntimeError, match="entered already"):
         callback.__enter__()
+
+
+def test_an_interrupt_leaves_no_context() -> None:
+    model = build_llada2()
+    pipe, how = llada2(torch.compile(model, backend="dmoe", options=CACHE))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = model.model.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt), dmoe_compile.StepCallback(pipe) as callback:
+        pipe(PROMPTS, callback_on_step_end=callback, **how)
+    hook.remove()
+    assert current() is None
+    with dmoe_compile.StepCallback(pipe) as callback:
+        assert callback.context.nbytes == 0
+
+
+def test_a_second_callback_on_a_model_is_refused() -> None:
+    pipe, _ = llada2(torch.compile(build_llada2(), backend="dmoe", options=CACHE))
+    other = dmoe_compile.StepCallback(pipe)
+    with dmoe_compile.StepCallback(pipe), pytest.raises(RuntimeError, match="another one of the same model"):
+        other.__enter__()
 
 
 def test_a_prompt_word_is_no_special_token() -> None:
