@@ -47,6 +47,13 @@ def test_streams_text(folder: Path, tmp_path: Path) -> None:
     assert sum(line["kind"] == "forward" for line in lines) == sum(row["forwards"].values())
 
 
+def test_a_trace_beside_stats(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    args = ("--prompt-ids", "20,21", "--max-new-tokens", "5", "--trace", str(path), "--option", "stats=true")
+    assert generate(folder, *args).exit_code == 0
+    assert all(line["unique_experts"] for line in rows(path) if line["kind"] == "forward")
+
+
 def test_batches_are_lines_of_their_rows(folder: Path) -> None:
     result = generate(folder, "--prompt-ids", "20,21", "--prompt-ids", "30", "--max-new-tokens", "40", "--json", "-")
     assert result.exit_code == 0

@@ -184,6 +184,16 @@ def test_models_that_would_not_decode_as_asked_are_refused(model: PreTrainedMode
         generate(other, prompt(4))
 
 
+def test_a_trace_writes_options_that_are_no_json(model: PreTrainedModel, tmp_path: Path) -> None:
+    def mine(graph: torch.fx.Graph) -> None:
+        """An Inductor pass of the user's."""
+
+    config = Config.from_options({**ATEN, "post_grad_custom_post_pass": mine})
+    generate(model, prompt(20), max_new_tokens=12, config=config, trace=tmp_path / "trace.jsonl")
+    header = json.loads((tmp_path / "trace.jsonl").read_text().splitlines()[0])
+    assert "mine" in header["options"]["post_grad_custom_post_pass"]
+
+
 def test_ends_of_text_may_be_a_tensor(model: PreTrainedModel) -> None:
     first = int(generate(model, prompt(20), max_new_tokens=12).answers[0][0])
     out = generate(model, prompt(20), max_new_tokens=12, eos_token_id=torch.tensor([first, 126]))
