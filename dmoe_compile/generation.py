@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Write = Callable[[Mapping[str, Any]], None]
+_PLAIN = ("prefill", "store")  # forwards that denoise nothing
 
 
 class Streamer(Protocol):
@@ -64,7 +65,7 @@ class Generated:
     @property
     def denoising(self) -> int:
         """Denoising forwards: all but prefill and store."""
-        return sum(count for kind, count in self.forwards.items() if kind not in {"prefill", "store"})
+        return sum(count for kind, count in self.forwards.items() if kind not in _PLAIN)
 
 
 def generate(
@@ -148,10 +149,11 @@ def generate(
     stops = facts.get("eos_token_id") if eos_token_id is None else eos_token_id
     stops = stops.tolist() if isinstance(stops, Tensor) else stops
     stops = (stops,) if isinstance(stops, int) else tuple(stops or ())
+    length = _block_length(config, block_length)
     sampling = Sampling(
         mask_token_id=_mask_token(facts, mask_token_id),
-        block_length=_block_length(config, block_length),
-        steps=_block_length(config, block_length) if steps is None else steps,
+        block_length=length,
+        steps=length if steps is None else steps,
         threshold=threshold,
         temperature=temperature,
         top_k=top_k,
@@ -165,8 +167,8 @@ def generate(
     if not isinstance(pad, int):  # some configs hold a list, or none
         pad = stops[0] if stops else sampling.mask_token_id
     prompts, lengths = _prompts(input_ids, attention_mask, pad)
-    for number, (row, length) in enumerate(zip(prompts, lengths, strict=True)):
-        if (row[:length] == sampling.mask_token_id).any():
+    for number, (row, tokens) in enumerate(zip(prompts, lengths, strict=True)):
+        if (row[:tokens] == sampling.mask_token_id).any():
             raise ValueError(
                 f"prompt {number} holds the mask token, {sampling.mask_token_id}, which decoding would fill in"
             )
@@ -177,7 +179,7 @@ def generate(
         seen.padding = decoder.padding.tolist()
         options = None if config is None else config.to_options()
         write({"kind": "decoding", "options": options, **asdict(sampling), "prompts": lengths})
-        answers = _Answers(decoder, lengths, max_new_tokens, pad)
+        answers = _Answers(decoder, lengths, pad)
         _stream(decoder, answers, input_ids, streamer, progress)
         result = replace(answers.result(), forwards=dict(seen.kinds), unique_experts=seen.mean())
         write({"kind": "end", "lengths": result.lengths, "forwards": result.forwards})
@@ -203,12 +205,12 @@ def _stream(
 class _Answers:
     """What a decoder's ids mean: where each row's answer begins and ends."""
 
-    def __init__(self, decoder: Decoder, lengths: list[int], max_new_tokens: int, pad: int) -> None:
+    def __init__(self, decoder: Decoder, lengths: list[int], pad: int) -> None:
         self.decoder, self.lengths, self.pad = decoder, lengths, pad
         self.length = decoder.sampling.block_length
         self.blocks = (decoder.ids.shape[1] - decoder.first) // self.length
         self.begins = [a + b for a, b in zip(decoder.padding.tolist(), lengths, strict=True)]
-        self.limits = [begin + max_new_tokens for begin in self.begins]
+        self.limits = decoder.limits.tolist()
 
     def ends(self) -> list[int]:
         """Return the column behind each row's last token, as far as it is decoded."""
@@ -246,7 +248,7 @@ class _Seen:
 
     def take(self, forward: Forward) -> None:
         self.kinds[forward.kind] += 1
-        if forward.kind not in {"prefill", "store"}:
+        if forward.kind not in _PLAIN:
             self.experts += forward.unique_experts.values()
         if self.write is not _no_trace:
             self.write({"kind": "forward", **self._line(forward)})
