@@ -46,7 +46,7 @@ def current(*, strict: bool = True) -> Denoising | None:
         RuntimeError: where the innermost context was entered by another thread or task, whose state it holds; None is
             returned instead if not `strict`.
     """
-    context = _current.get()
+    context = _entered(_current.get())
     if context is not None and context._owner != _here():
         if not strict:
             return None
@@ -54,6 +54,13 @@ def current(*, strict: bool = True) -> Denoising | None:
             "this decoding context was entered by another thread or asyncio task, whose sequences it holds; enter one "
             "of its own, `with dmoe_compile.denoising() as context`, where the model is called"
         )
+    return context
+
+
+def _entered(context: Denoising | None) -> Denoising | None:
+    """Return the innermost context from this one outwards that is not left yet: generators may leave in any order."""
+    while context is not None and not context._is_entered:
+        context = context._outer
     return context
 
 
@@ -108,14 +115,15 @@ class Denoising:
         self._number = 0
         self._step: _Step | None = None
         self._choice: Tensor | None = None
-        self._token: contextvars.Token[Denoising | None] | None = None
+        self._is_entered = False
+        self._outer: Denoising | None = None
         self._counts: deque[tuple[int, Sequence[str], Tensor]] = deque(maxlen=_MAX_RECORDS)
         self._owner: tuple[int, object] | None = None
 
     def __enter__(self) -> Denoising:
-        if self._token is not None:
+        if self._is_entered:
             raise RuntimeError("this decoding context is entered already; make another one with denoising()")
-        self._token, self._owner = _current.set(self), _here()
+        self._enter()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -140,15 +148,20 @@ class Denoising:
         Raises:
             RuntimeError: while it is entered, here or in another thread.
         """
-        if self._token is not None:
+        if self._is_entered:
             raise RuntimeError("this decoding context is entered already: call the model itself")
-        self._token, self._owner = _current.set(self), _here()
+        self._enter()
+
+    def _enter(self) -> None:
+        self._outer, self._owner, self._is_entered = _entered(_current.get()), _here(), True
+        _current.set(self)
 
     def detach(self) -> None:
         """Undo attach()."""
-        assert self._token is not None
-        _current.reset(self._token)
-        self._token = None
+        assert self._is_entered
+        self._is_entered, self._outer = False, _entered(self._outer)
+        if _current.get() is self:
+            _current.set(self._outer)
 
     def close(self) -> None:
         """Free what is stored."""
@@ -185,7 +198,7 @@ class Denoising:
             RuntimeError: where the last step had several candidates and accept() has not said which goes on, or another
                 context was entered since.
         """
-        if self._token is not None and _current.get() is not self:
+        if self._is_entered and _entered(_current.get()) is not self:
             raise RuntimeError(
                 "another decoding context was entered after this one, and would take the next forward; leave it first, "
                 "or let decodings take turns with context.run(model, ...), which enters nothing"

@@ -18,6 +18,8 @@ import hypothesis
 import pytest
 import torch
 
+from dmoe_compile.context import current
+
 hypothesis.settings.register_profile("every change", deadline=None, derandomize=True)  # a first example may compile
 hypothesis.settings.register_profile("nightly", deadline=None, max_examples=1000, print_blob=True)
 
@@ -43,6 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def _same_start_for_every_test():
-    """One seed, and no compiled code from the test before: it counts towards Dynamo's recompile limit."""
+    """One seed, no decoding context, and no compiled code from the test before: Dynamo counts it as a recompile."""
     torch.manual_seed(0)
     torch._dynamo.reset()
+    assert current() is None
+    yield
+    assert current() is None

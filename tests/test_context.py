@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import dmoe_compile
-from dmoe_compile.context import Denoising
+from dmoe_compile.context import Denoising, current
 from test_backend import ATEN, INDUCTOR, TinyMoE
 
 B, S, H = 2, 8, 16
@@ -196,6 +196,7 @@ def test_generators_that_take_turns_inside_a_with_are_refused() -> None:
     with pytest.raises(RuntimeError, match="another decoding context was entered after this one"):
         next(one)
     other.close()
+    assert current() is None  # although `one`, which was left first, had been entered when `other` was
 
 
 def test_two_forwards_at_once_in_one_context_are_refused() -> None:
