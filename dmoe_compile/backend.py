@@ -32,9 +32,10 @@ from dmoe_compile import auto_prepare, calibrate, experts
 from dmoe_compile.config import Config
 from dmoe_compile.kernels import count_experts
 from dmoe_compile.normalise import normalise, source
-from dmoe_compile.passes import pipeline
+from dmoe_compile.passes import fuse_experts, pipeline
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.cost import Verdict
+from dmoe_compile.passes.lower import Lowering, NotFusedError
 from dmoe_compile.passes.pipeline import Findings
 from dmoe_compile.passes.policies import Policy, find_policy, policy_names
 from dmoe_compile.passes.sites import Sources
@@ -70,10 +71,15 @@ def dmoe(
     config = Config.from_options(options)
     mode = mode or config.mode
     patches = {**_mode_options(mode), **config.inductor}
-    if not config.passes and not config.stats:
+    if not config.passes and not config.stats and not _may_fuse(example_inputs, config):
         _say_how_to_select()
         return _inductor(gm, example_inputs, patches)
     if _needs_gradient(example_inputs):
+        if config.experts is True:
+            raise ValueError(
+                "experts=True, but gradients are required, which the fused experts do not compute; call the model "
+                "under torch.no_grad(), or use experts='auto'"
+            )
         return _compile_joint(gm, example_inputs, config, patches, notices_of(options))
     if "team" in config.passes:
         return _compile_stepwise(gm, example_inputs, config, patches, notices_of(options))
@@ -122,6 +128,7 @@ def rewrite(
     notices: Notices,
     step: Denoised | None = None,
     said: list[Verdict] | None = None,
+    known: dict[str, int | str] | None = None,
 ) -> tuple[fx.GraphModule, Findings] | None:
     """Return Dynamo's graph normalised and rewritten by the selected passes, with what they found.
 
@@ -134,6 +141,10 @@ def rewrite(
         notices: what takes the findings.
         step: the rows that TEAM denoises, with the inputs that this takes; they are counted in any case.
         said: whether a coreset pays at each site, where that is known.
+        known: what was read of experts in other graphs of the same model, see passes/fuse_experts.py.
+
+    Raises:
+        ValueError: where experts=True asks for what can't be had.
     """
     try:
         aten, sources = normalise(gm, example_inputs)
@@ -141,8 +152,18 @@ def rewrite(
         settings = Settings(config.block_length, config.max_block_tokens, config.scope)
         if config.auto and said is None:
             said = calibrate.verdicts(aten, sources, example_inputs, config)
-        stats = config.stats or step is not None
-        findings = pipeline.run(aten.graph, sources, config.selected, settings, stats=stats, verdicts=said, step=step)
+        findings = pipeline.run(
+            aten.graph,
+            sources,
+            config.selected,
+            settings,
+            stats=config.stats or step is not None,
+            verdicts=said,
+            step=step,
+            lowering=_lowering(aten, sources, example_inputs, config, {} if known is None else known),
+        )
+    except NotFusedError:
+        raise
     except Exception as error:
         notices.warn(_unreadable(error))
         return None
@@ -153,6 +174,17 @@ def rewrite(
     return aten, findings
 
 
+def _lowering(
+    aten: fx.GraphModule, sources: Sources, example_inputs: Sequence[Any], config: Config, known: dict[str, int | str]
+) -> Lowering | None:
+    """Return what puts fused kernels into a graph, None where none are wanted."""
+    if config.experts is False:
+        return None
+    names = [node.name for node in aten.graph.find_nodes(op="placeholder")]
+    values = fuse_experts.seen(dict(zip(names, example_inputs, strict=True)))
+    return Lowering(fuse_experts.Reader(sources, values, config.verify_experts, known), config.experts)
+
+
 def _compile_inference(
     gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config, patches: dict[str, Any], notices: Notices
 ) -> Callable[..., Any]:
@@ -160,7 +192,7 @@ def _compile_inference(
     if rewritten is None:
         return _inductor(gm, example_inputs, patches)
     aten, findings = rewritten
-    if not findings.rewritten and not findings.num_outputs:
+    if not findings.changed:
         return _inductor(gm, example_inputs, patches)
     with torch._C._DisableAutocast():  # its casts are in the graph already
         compiled = _inductor(aten, example_inputs, patches)
@@ -175,14 +207,14 @@ def _compile_stepwise(
     except Exception as error:
         notices.warn(_unreadable(error))
         return _inductor(gm, example_inputs, patches)
-    inputs = list(example_inputs)
+    inputs, known = list(example_inputs), dict[str, int | str]()
 
     def lower(graph: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
         with torch._C._DisableAutocast() if graph is not gm else contextlib.nullcontext():
             return _inductor(graph, fakes, patches)
 
     def rewritten(step: Denoised | None) -> tuple[fx.GraphModule, Findings] | None:
-        return rewrite(gm, inputs, config, notices, step, said)
+        return rewrite(gm, inputs, config, notices, step, said, known)
 
     stepwise = Stepwise(gm, inputs, rewritten, lower, config.stats, config.selected["team"])
     inputs[:] = stepwise.fakes or inputs  # a later step is traced on these; the real ones are not held
@@ -278,6 +310,13 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[s
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
+
+
+def _may_fuse(example_inputs: Sequence[Any], config: Config) -> bool:
+    """Say whether a graph may get fused kernels where no pass is selected."""
+    if config.experts != "auto":
+        return config.experts
+    return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in example_inputs)
 
 
 def _needs_gradient(example_inputs: Sequence[Any]) -> bool:

@@ -250,6 +250,23 @@ def prepare(
     _show(figure.table(rows), rows, json)
 
 
+@bench.command()
+def gpu(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 100,
+    json: Json = None,
+) -> None:
+    """One MoE block at published widths on this machine's GPU: Inductor, transformers, vLLM, and the fused kernels."""
+    with _usage_errors(json):
+        from dmoe_compile.bench import gpu as figure
+
+        names = tuple(figure.SHAPES) if shapes is None else tuple(name.strip() for name in shapes.split(","))
+        settings = figure.Settings(names, calls)
+    with _progress() as progress:
+        rows = figure.run(settings, progress)
+    _show(figure.table(rows), rows, json)
+
+
 def _options(passes: str, pairs: list[str]) -> dict[str, Any]:
     """Return backend options from `--passes a,b` and `--option key=value`."""
     options: dict[str, Any] = {"passes": [name.strip() for name in passes.split(",") if name.strip()]}

@@ -12,7 +12,17 @@ from dmoe_compile.passes.policies import pass_names, pass_options, policy_names
 
 Scope = Literal["block", "batch"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
-_OWN = ("passes", "block_length", "max_block_tokens", "scope", "experts", "stats", "auto_prepare", "mode")
+_OWN = (
+    "passes",
+    "block_length",
+    "max_block_tokens",
+    "scope",
+    "experts",
+    "verify_experts",
+    "stats",
+    "auto_prepare",
+    "mode",
+)
 
 
 @dataclass(frozen=True)
@@ -27,8 +37,11 @@ class Config:
         max_block_tokens: forwards with more tokens a sequence than this are left alone; None rewrites all.
         scope: "block": the tokens of a block share a coreset. "batch": all tokens of a forward share one, whatever
             its sequences, so that they read no more experts than it has.
-        experts: the fused expert kernel. "auto" uses it where there is one, False never. There is none yet,
-            so True is refused.
+        experts: the fused kernels, for experts and (on GPUs) routing. "auto" uses them where they take the layer and
+            are faster: on GPUs, in forwards of up to 1,024 tokens. True insists, and is an error where they can't be
+            had, False never uses them. They choose the same experts and round otherwise.
+        verify_experts: hold what was read of a layer's experts against what they compute, before a fused kernel takes
+            their place.
         stats: record unique experts per site and forward, see routing_stats().
         auto_prepare: make experts in Python loops traceable, see prepare(), when a pass or `stats` needs them.
         mode: torch.compile's mode; torch forbids its own `mode=` together with `options=`.
@@ -44,6 +57,7 @@ class Config:
     max_block_tokens: int | None = None
     scope: str = "block"
     experts: bool | Literal["auto"] = "auto"
+    verify_experts: bool = True
     stats: bool = False
     auto_prepare: bool = True
     mode: str | None = None
@@ -59,11 +73,7 @@ class Config:
             raise ValueError(f"scope={self.scope!r} must be one of: {', '.join(get_args(Scope))}")
         if self.experts not in ("auto", True, False) or not isinstance(self.experts, bool | str):
             raise ValueError(f"experts={self.experts!r} must be 'auto', True or False")
-        if self.experts is True:
-            raise ValueError(
-                "experts=True asks for the fused expert kernel, which this version does not have; use 'auto'"
-            )
-        for name in ("stats", "auto_prepare"):
+        for name in ("verify_experts", "stats", "auto_prepare"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.mode is not None and self.mode not in get_args(Mode):

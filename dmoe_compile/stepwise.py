@@ -69,7 +69,7 @@ class Stepwise:
         if findings.num_outputs:
             self._plain = recording(lower(aten, self.fakes), [outcome.site.name for outcome in findings.outcomes])
         else:
-            self._plain = lower(aten, self.fakes) if findings.rewritten else lower(gm, example_inputs)
+            self._plain = lower(aten, self.fakes) if findings.changed else lower(gm, example_inputs)
 
     def __call__(self, *args: Any) -> Any:
         wanted = self._wanted(args) if self._sizes else None

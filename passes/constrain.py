@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,7 +73,8 @@ class Outcome:
     `reason` says why it was left alone ("" where it was rewritten); `tokens_per_block` is what the block
     length comes to in this forward; `notes` say what was assumed for want of knowledge. `below_promise` counts the
     tokens, [] int64, for which a policy could not keep what it promises; None where it promises nothing. `verdict` is
-    what the cost model said, where it was asked.
+    what the cost model said, where it was asked. `own_experts` says why the experts are the model's own code and not
+    the fused kernel, "" where they are that.
     """
 
     site: Site
@@ -83,6 +84,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     below_promise: fx.Node | None = None
     verdict: Verdict | None = None
+    own_experts: str = "it was not asked for"
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,12 @@ def constrain(
         results = _constrain_groups(graph, site, site.groups, own, layout, routing, key, tracer)
     site.select.replace_input_with(site.scores, results[0])
     below = results[1] if method.promise is not None else None
-    return Outcome(site, True, "", _tokens_per_block(where, settings), _notes(where, settings), below)
+    return describe(Outcome(site, True, "", below_promise=below), where, settings)
+
+
+def describe(outcome: Outcome, where: Layout, settings: Settings) -> Outcome:
+    """Add to an outcome what its blocks come to in this forward, and what was assumed of them."""
+    return replace(outcome, tokens_per_block=_tokens_per_block(where, settings), notes=_notes(where, settings))
 
 
 def layout_arguments(graph: fx.Graph, site: Site, where: Layout) -> list[Argument]:

@@ -34,6 +34,16 @@ class Machine:
     tflop_per_s: float
 
 
+# What vendors state for HBM and for dense bf16 matrix units: A100 80 GB SXM, H100 SXM, B200, MI300X; H200 beside them.
+GPUS = {
+    "sm_80": Machine(2039, 312),
+    "sm_90": Machine(3350, 989),
+    "sm_100": Machine(8000, 2250),
+    "gfx942": Machine(5300, 1307),
+}
+H200 = Machine(4800, 989)  # sm_90 too
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a coreset pays at a site; `why` says it with its numbers."""
@@ -69,6 +79,13 @@ def judge(site: Site, tokens: int, unique: float, coreset: float, machine: Machi
         f"{machine.tflop_per_s:.3g} TFLOP/s)"
     )
     return Verdict(pays, why)
+
+
+def reading_limits(site: Site, tokens: int, machine: Machine) -> bool:
+    """Say whether a site's experts take longer to read than to multiply by, where tokens choose them evenly."""
+    unique = site.num_experts * (1 - (1 - site.top_k / site.num_experts) ** tokens)
+    known = {**_sizes(site), T: tokens, U: unique, BANDWIDTH: machine.gb_per_s * 1e9, PEAK: machine.tflop_per_s * 1e12}
+    return bool(READ.subs(known) >= COMPUTE.subs(known))
 
 
 def _sizes(site: Site) -> dict[Any, Any]:

@@ -9,7 +9,7 @@ Left alone: joint graphs, whose outputs are the caller's gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -22,22 +22,34 @@ from torch import Tensor, fx
 COLUMNS = ("unique", "unsound", "below_promise")
 
 
-def count_tokens(graph: fx.Graph, sites: Sequence[tuple[Site, Layout, fx.Node | None]], tracer: Tracer) -> int:
+def count_tokens(
+    graph: fx.Graph,
+    sites: Sequence[tuple[Site, Layout, fx.Node | None]],
+    tracer: Tracer,
+    fused: Collection[fx.Node] = (),
+) -> int:
     """Append the counts of every site, [sites, COLUMNS] int64, to the outputs; return how many outputs were added.
 
     Args:
         graph: the graph, rewritten or not.
         sites: each site, where its tokens lie, and its tokens below a promise, [] int64, if it has made one.
         tracer: of this graph.
+        fused: selections whose sites the fused routing chose for: their scores are in no tensor.
     """
     if not sites:
         return 0
     output = graph.output_node()
     rows: list[fx.Node] = []
     for site, where, below in sites:
-        args = [site.ids, site.scores, *layout_arguments(graph, site, where)]
-        key = ("counts", site.num_experts, where.kind)
-        unique, unsound = tracer.insert(graph, output, _Counts(site.num_experts, site.top_k, where.kind), args, key)
+        if site.select in fused:
+            assert site.weights is not None
+            rule = _FusedCounts(site.num_experts)
+            of_site = ("fused counts", site.num_experts)
+            unique, unsound = tracer.insert(graph, output, rule, [site.ids, site.weights], of_site)
+        else:
+            args = [site.ids, site.scores, *layout_arguments(graph, site, where)]
+            key = ("counts", site.num_experts, where.kind)
+            unique, unsound = tracer.insert(graph, output, _Counts(site.num_experts, site.top_k, where.kind), args, key)
         given = [unique, unsound] if below is None else [unique, unsound, below]
         rows += tracer.insert(graph, output, _row, given, ("row", len(given)))
     (stacked,) = tracer.insert(graph, output, _stack, rows, "stack")
@@ -62,6 +74,16 @@ class _Counts:
         unsound = ~are_sound(picked)
         unsound = unsound if routed is None else unsound & routed
         return count_experts(ids.reshape(-1, self.top_k), routed, self.num_experts), unsound.sum()
+
+
+class _FusedCounts:
+    """The rule of a site that dmoe::route chose for: ids of E are not routed; unsound scores show in the weights."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_experts = num_experts
+
+    def __call__(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        return count_experts(ids, None, self.num_experts), (~are_sound(weights)).sum()
 
 
 def _row(unique: Tensor, unsound: Tensor, *below: Tensor) -> Tensor:

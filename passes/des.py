@@ -61,9 +61,16 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options) -> Te
     """
     num_experts, top_k = scores.shape[-1], ids.shape[-1]
     votes = count_votes(scores, ids, voting)
-    if options.variant == "vote":
-        size = 4 * top_k + 4 if options.coreset_size is None else options.coreset_size
+    method, _, size = kernel(options, top_k)
+    if method == "des_vote":
         return best(votes, min(max(size, top_k), num_experts))
-    keep = (top_k + 1) // 2 if options.keep is None else min(options.keep, num_experts)
+    keep = min(size, num_experts)
     kept = ids[..., :keep] if keep <= top_k else scores.topk(keep, dim=-1).indices
     return topped_up(union(kept, voting, num_experts), votes, top_k)
+
+
+def kernel(options: Options, top_k: int) -> tuple[str, float, int]:
+    """Return what tells kernels/route.py to run this rule: its method, p (unused) and size."""
+    if options.variant == "vote":
+        return "des_vote", 0.0, 4 * top_k + 4 if options.coreset_size is None else options.coreset_size
+    return "des_seq", 0.0, (top_k + 1) // 2 if options.keep is None else options.keep

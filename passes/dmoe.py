@@ -65,3 +65,8 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options) -> Te
     else:
         kept = kept | (rank >= 0)
     return torch.zeros_like(share, dtype=torch.bool).scatter(-1, order, kept.expand_as(share))
+
+
+def kernel(options: Options, top_k: int) -> tuple[str, float, int]:
+    """Return what tells kernels/route.py to run this rule: its method, p and size."""
+    return "dmoe", options.top_p, options.min_experts

@@ -12,7 +12,10 @@ import torch
 from dmoe_compile.passes.constrain import Layout, Method, Outcome, Settings, Tracer, constrain, find_layouts
 from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.count import count_tokens
+from dmoe_compile.passes.fuse_experts import Bank, Fused
+from dmoe_compile.passes.fuse_route import Routed
 from dmoe_compile.passes.inline import Decompositions
+from dmoe_compile.passes.lower import Lowering
 from dmoe_compile.passes.policies import find_policy, policy_names
 from dmoe_compile.passes.sites import Refusal, Site, Sources, find_sites
 from dmoe_compile.passes.team import Denoised, State, add_step, reuse
@@ -29,7 +32,8 @@ class Findings:
     """What one run of the pipeline found and did.
 
     `layouts` go with `outcomes`; `num_outputs` is how many outputs were appended to the graph, `states` what was
-    appended to its inputs, after those that say which tokens are decoded and cold.
+    appended to its inputs, after those that say which tokens are decoded and cold. `routed` is what the fused routing
+    made of a site, by its selection.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -37,6 +41,17 @@ class Findings:
     layouts: list[Layout] = field(default_factory=list)
     num_outputs: int = 0
     states: list[State] = field(default_factory=list)
+    routed: dict[fx.Node, Routed] = field(default_factory=dict)
+
+    @property
+    def fused(self) -> int:
+        """Sites whose experts are the fused kernel."""
+        return sum(not outcome.own_experts for outcome in self.outcomes)
+
+    @property
+    def changed(self) -> bool:
+        """Whether the graph is another than it was."""
+        return bool(self.rewritten or self.fused or self.num_outputs)
 
     @property
     def rewritten(self) -> int:
@@ -55,6 +70,7 @@ def run(
     joint: bool = False,
     verdicts: Sequence[Verdict] | None = None,
     step: Denoised | None = None,
+    lowering: Lowering | None = None,
     quiet: bool = False,
 ) -> Findings:
     """Find the sites of `graph`, rewrite them in place, and return what was done; every decision is logged and counted.
@@ -69,64 +85,122 @@ def run(
         joint: the graph holds gradients too.
         verdicts: whether a coreset pays, for every site in its order; None where it is wanted at all of them.
         step: the rows that TEAM denoises; None in a forward that it leaves alone.
+        lowering: puts fused kernels in; None leaves experts and routing to Inductor, as in a joint graph.
         quiet: neither log nor count the decisions.
 
     Raises:
-        Exception: whatever a rule raises while it is traced; the graph is then as it was.
+        Exception: whatever a rule raises while it is traced; a graph without a lowering is then as it was.
+        NotFusedError: where experts=True asks for what can't be had.
     """
     sites, refusals = find_sites(graph, sources)
     tracer = Tracer(decompositions, share=not joint)
     findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
     before = set(graph.nodes)
+    banks = [lowering.bank(site) for site in sites] if lowering is not None else ["no kernel is asked for"] * len(sites)
     rows = None
     try:
         if step is not None:
             findings.layouts, rows = add_step(graph, findings.layouts, step)
-        findings.outcomes = _route_all(graph, sites, findings.layouts, verdicts, passes, settings, tracer)
+        router = _Router(graph, passes, settings, tracer, lowering, findings.routed)
+        findings.outcomes = router.route_all(sites, findings.layouts, banks, verdicts)
         if "top_any" in passes:
             findings.outcomes = _drop_all(graph, findings.outcomes, passes["top_any"], tracer, joint)
     except Exception:
-        _restore(graph, sites, before)
+        if lowering is None:
+            _restore(graph, sites, before)
         raise
+    fused: Sequence[Fused | None] = [None] * len(sites)
+    if lowering is not None:
+        fused = _fuse_all(graph, findings, banks, lowering, tracer, dropped="top_any" in passes)
     if rows is not None and passes["team"].cache:
         routed = [outcome.site for outcome in findings.outcomes]
-        findings.states = reuse(graph, routed, findings.layouts, rows, tracer)
+        findings.states = reuse(graph, routed, fused, findings.layouts, rows, tracer)
     if stats and not joint:
         counted = [(outcome.site, outcome.below_promise) for outcome in findings.outcomes]
         to_count = [(site, where, below) for (site, below), where in zip(counted, findings.layouts, strict=True)]
-        findings.num_outputs = count_tokens(graph, to_count, tracer)
-    if findings.rewritten or findings.num_outputs:
+        findings.num_outputs = count_tokens(graph, to_count, tracer, set(findings.routed))
+    if findings.fused:
+        graph.eliminate_dead_code()  # the experts' own code, which reads all of their weights
+    if findings.changed:
         graph.lint()
     if not quiet:
         _count(findings)
     return findings
 
 
-def _route_all(
+@dataclass
+class _Router:
+    """Rewrites the routing of one graph's sites; `routed` takes what the fused routing made of them."""
+
+    graph: fx.Graph
+    passes: Mapping[str, Any]
+    settings: Settings
+    tracer: Tracer
+    lowering: Lowering | None
+    routed: dict[fx.Node, Routed]
+
+    def route_all(
+        self,
+        sites: Sequence[Site],
+        layouts: Sequence[Layout],
+        banks: Sequence[Bank | str],
+        verdicts: Sequence[Verdict | None] | None,
+    ) -> list[Outcome]:
+        """Run the selected coreset method on every site; one router may drive two banks: the first speaks for both."""
+        by_selection: dict[fx.Node, Outcome] = {}
+        outcomes = []
+        shared = [site.select for site in sites]
+        asked: Sequence[Verdict | None] = [None] * len(sites) if verdicts is None else verdicts
+        for site, where, bank, verdict in zip(sites, layouts, banks, asked, strict=True):
+            outcome = by_selection.get(site.select)
+            if outcome is None and verdict is not None and not verdict.pays and where.step is None:
+                outcome = Outcome(site, False, "a coreset does not pay", notes=(verdict.why,), verdict=verdict)
+            elif outcome is None:
+                chosen = self.passes if verdict is None or verdict.pays else {}
+                alone = isinstance(bank, Bank) and shared.count(site.select) == 1
+                outcome = self._route(site, where, chosen, fused=alone)
+                notes = (*outcome.notes, verdict.why) if verdict else outcome.notes
+                outcome = replace(outcome, verdict=verdict, notes=notes)
+            by_selection[site.select] = outcome
+            outcomes.append(replace(outcome, site=site, own_experts=bank if isinstance(bank, str) else ""))
+        return outcomes
+
+    def _route(self, site: Site, where: Layout, passes: Mapping[str, Any], *, fused: bool) -> Outcome:
+        """Run the selected coreset method on one site, in the fused kernel if that takes it."""
+        if fused and self.lowering is not None and "top_any" not in passes:
+            done = self.lowering.route(self.graph, site, where, passes, self.settings, self.tracer)
+            if not isinstance(done, str):
+                outcome, self.routed[site.select] = done
+                return outcome
+            log.debug("%s: routed by Inductor: %s", site.name, done)
+        outcome = Outcome(site, False, "no pass is selected")
+        for name in set(policy_names()).intersection(passes):
+            method = _method(name, passes[name])
+            outcome = constrain(self.graph, site, where, method, self.settings, self.tracer)
+        if where.step is None or outcome.rewritten:
+            return outcome
+        return constrain(self.graph, site, where, Method(_everything, "everything"), Settings(), self.tracer)
+
+
+def _fuse_all(
     graph: fx.Graph,
-    sites: Sequence[Site],
-    layouts: Sequence[Layout],
-    verdicts: Sequence[Verdict] | None,
-    passes: Mapping[str, Any],
-    settings: Settings,
+    findings: Findings,
+    banks: Sequence[Bank | str],
+    lowering: Lowering,
     tracer: Tracer,
-) -> list[Outcome]:
-    """Run the selected coreset method on every site; one router may drive two banks: the first speaks for both."""
-    by_selection: dict[fx.Node, Outcome] = {}
-    outcomes = []
-    asked: Sequence[Verdict | None] = [None] * len(sites) if verdicts is None else verdicts
-    for site, where, verdict in zip(sites, layouts, asked, strict=True):
-        outcome = by_selection.get(site.select)
-        if outcome is None and verdict is not None and not verdict.pays and where.step is None:
-            outcome = Outcome(site, False, "a coreset does not pay", notes=(verdict.why,), verdict=verdict)
-        elif outcome is None:
-            chosen = passes if verdict is None or verdict.pays else {}
-            outcome = _route(graph, site, where, chosen, settings, tracer)
-            notes = (*outcome.notes, verdict.why) if verdict else outcome.notes
-            outcome = replace(outcome, verdict=verdict, notes=notes)
-        by_selection[site.select] = outcome
-        outcomes.append(replace(outcome, site=site))
-    return outcomes
+    *,
+    dropped: bool,
+) -> list[Fused | None]:
+    """Put the fused experts in at the sites whose bank was read."""
+    results: list[Fused | None] = []
+    for i, (outcome, where, bank) in enumerate(zip(findings.outcomes, findings.layouts, banks, strict=True)):
+        fused = None
+        if isinstance(bank, Bank):
+            routed = findings.routed.get(outcome.site.select)
+            site, fused = lowering.fuse(graph, outcome.site, bank, routed, where, tracer, dropped=dropped)
+            findings.outcomes[i] = replace(outcome, site=site)
+        results.append(fused)
+    return results
 
 
 def _drop_all(graph: fx.Graph, outcomes: Sequence[Outcome], options: Any, tracer: Tracer, joint: bool) -> list[Outcome]:
@@ -148,7 +222,9 @@ def _drop_all(graph: fx.Graph, outcomes: Sequence[Outcome], options: Any, tracer
 
 def _with_dropped(outcome: Outcome, result: Dropped | str) -> Outcome:
     if isinstance(result, Dropped):
-        return replace(outcome, site=replace(outcome.site, ids=result.ids), rewritten=True, reason="")
+        return replace(
+            outcome, site=replace(outcome.site, ids=result.ids, weights=result.weights), rewritten=True, reason=""
+        )
     if outcome.rewritten:
         return replace(outcome, notes=(*outcome.notes, f"top_any leaves it alone: {result}"))
     return replace(outcome, reason=result)
@@ -161,18 +237,6 @@ def _restore(graph: fx.Graph, sites: Sequence[Site], before: set[fx.Node]) -> No
     for node in reversed(list(graph.nodes)):
         if node not in before:
             graph.erase_node(node)
-
-
-def _route(
-    graph: fx.Graph, site: Site, where: Layout, passes: Mapping[str, Any], settings: Settings, tracer: Tracer
-) -> Outcome:
-    """Run the selected coreset method on one site."""
-    outcome = Outcome(site, False, "no pass is selected")
-    for name in set(policy_names()).intersection(passes):
-        outcome = constrain(graph, site, where, _method(name, passes[name]), settings, tracer)
-    if where.step is None or outcome.rewritten:
-        return outcome
-    return constrain(graph, site, where, Method(_everything, "everything"), Settings(), tracer)
 
 
 def _everything(scores: Tensor, ids: Tensor, voting: Tensor) -> Tensor:
@@ -192,10 +256,12 @@ def _count(findings: Findings) -> None:
     counters["dmoe"]["sites"] += len(findings.outcomes)
     counters["dmoe"]["sites_rewritten"] += findings.rewritten
     counters["dmoe"]["refused"] += len(findings.refusals)
+    counters["dmoe"]["experts_fused"] += findings.fused
     for outcome in findings.outcomes:
         site = outcome.site
         what = "rewritten" if outcome.rewritten else f"left alone: {outcome.reason}"
         log.info("%s: %d of %d experts by %s: %s", site.name, site.top_k, site.num_experts, site.score_function, what)
+        log.info("%s: experts: %s", site.name, f"its own: {outcome.own_experts}" if outcome.own_experts else "fused")
         log.debug("%s: %s", site.name, outcome)
     for refusal in findings.refusals:
         log.info("%s: refused: %s", refusal.name, refusal.reason)

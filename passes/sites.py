@@ -43,7 +43,7 @@ VIEWS = {
     prims.convert_element_type,
 }  # fmt: skip
 _GATHERS = {aten.index, aten.gather, aten.index_select, aten.embedding, aten.index_put, aten.scatter}
-_FACTORIES = {
+FACTORIES = {
     aten.full, aten.full_like, aten.zeros, aten.zeros_like, aten.ones, aten.ones_like, aten.empty, aten.empty_like,
     aten.new_zeros, aten.new_empty, aten.new_full, aten.arange, prims.iota, aten.scalar_tensor,
 }  # fmt: skip
@@ -332,7 +332,7 @@ class _Finder:
         """Say whether a tensor is made of parameters and constants alone."""
         if node.op != "call_function":
             return self._is_parameter(node)
-        if packet(node) in _FACTORIES:
+        if packet(node) in FACTORIES:
             return True
         return depth > 0 and all(self._is_static(a, depth - 1) for a in node.all_input_nodes if shape(a) is not None)
 

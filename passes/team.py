@@ -20,7 +20,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from dmoe_compile.kernels import store  # noqa: F401  # registers dmoe::store
 from dmoe_compile.passes.constrain import Layout, Step, Tracer
+from dmoe_compile.passes.fuse_experts import Fused
 from dmoe_compile.passes.inline import inserted
 from dmoe_compile.passes.limit import DECODED
 from dmoe_compile.passes.sites import Site
@@ -108,28 +110,63 @@ def add_step(graph: fx.Graph, layouts: Sequence[Layout], rows: Denoised) -> tupl
 
 
 def reuse(
-    graph: fx.Graph, sites: Sequence[Site], layouts: Sequence[Layout], rows: fx.Node, tracer: Tracer
+    graph: fx.Graph,
+    sites: Sequence[Site],
+    fused: Sequence[Fused | None],
+    layouts: Sequence[Layout],
+    rows: fx.Node,
+    tracer: Tracer,
 ) -> list[State]:
-    """Give the sites of the denoised rows their stored outputs for decoded tokens, and store what then comes out."""
+    """Give the sites of the denoised rows their stored outputs for decoded tokens, and store what then comes out.
+
+    Args:
+        graph: a denoising step's.
+        sites: its sites, as they were left.
+        fused: what stands for their experts; None where that is the model's own code.
+        layouts: where their tokens lie.
+        rows: the input of add_step().
+        tracer: of this graph.
+    """
     inputs = graph.find_nodes(op="placeholder")
     states = []
-    for i, (site, where) in enumerate(zip(sites, layouts, strict=True)):
+    for i, (site, experts, where) in enumerate(zip(sites, fused, layouts, strict=True)):
         if where.step is None:
             continue
-        skip(graph, site, where.step.roles, tracer)
         value = site.combine.meta["val"]
         size = (where.batch, where.seq, value.shape[-1])
         stored = _input(graph, f"dmoe_stored_{i}", size, value.dtype, where)
         args = [site.combine, stored, rows, where.step.roles]
-        before = site.combine.next
-        (out,) = tracer.insert(graph, before, reused, args, "reused")
-        _replace(site.combine, out, inserted(site.combine, before))
-        (row_by_row,) = tracer.insert(graph, graph.output_node(), torch.Tensor.reshape_as, [out, stored], "as rows")
-        with graph.inserting_before(graph.output_node()):
-            copied = graph.call_function(torch.ops.aten.copy_.default, (stored, row_by_row))
-        copied.meta["val"] = stored.meta["val"]
+        if experts is not None and experts.partials is not None:
+            _reuse_fused(graph, site, [experts.partials, *args[1:]], where.step.candidates, tracer)
+        else:
+            if experts is None:
+                skip(graph, site, where.step.roles, tracer)
+            _reuse_in_graph(graph, site, args, tracer)
         states.append(State(site.name, inputs.index(site.expert_weights[0])))
     return states
+
+
+def _reuse_in_graph(graph: fx.Graph, site: Site, args: Sequence[fx.Node], tracer: Tracer) -> None:
+    """Let Inductor select and store."""
+    before = site.combine.next
+    (out,) = tracer.insert(graph, before, reused, args, "reused")
+    _replace(site.combine, out, inserted(site.combine, before))
+    stored = args[1]
+    (row_by_row,) = tracer.insert(graph, graph.output_node(), torch.Tensor.reshape_as, [out, stored], "as rows")
+    with graph.inserting_before(graph.output_node()):
+        graph.call_function(torch.ops.dmoe.store.default, (stored, row_by_row)).meta["val"] = None
+
+
+def _reuse_fused(graph: fx.Graph, site: Site, args: Sequence[fx.Node], candidates: int, tracer: Tracer) -> None:
+    """Sum partial sums, select and store in one launch (kernels/reuse.py), which takes the place of the combine."""
+    value = site.combine.meta["val"]
+    before = site.combine.next
+    with graph.inserting_before(before):
+        out = graph.call_function(torch.ops.dmoe.reuse.default, (*args, candidates))
+        out.meta["val"] = torch.empty_like(value).reshape(-1, value.shape[-1])
+        view = graph.call_function(torch.ops.aten.view.default, (out, list(value.shape)))
+    view.meta["val"] = value
+    _replace(site.combine, view, (out, view))
 
 
 def _replace(old: fx.Node, new: fx.Node, stay: Sequence[fx.Node]) -> None:

@@ -63,10 +63,12 @@ class Options:
 class Dropped:
     """What takes the place of a site's choice once apply() is called.
 
-    `ids` [T, k] are the experts that then run. `swaps` are values, what comes instead, and the readers that stay.
+    `ids` [T, k] are the experts that then run, `weights` [T, k] how they are weighed. `swaps` are values, what comes
+    instead, and the readers that stay.
     """
 
     ids: fx.Node
+    weights: fx.Node
     swaps: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
     stay: set[fx.Node] = field(default_factory=set)
 
@@ -99,7 +101,8 @@ def drop(graph: fx.Graph, sites: Sequence[Site], options: Options, tracer: Trace
         copies = weights if node in after else experts
         if node not in copies and any(parent in copies for parent in node.all_input_nodes):
             _copy(graph, before, node, copies)
-    return Dropped(ids, [*weights.items(), *experts.items()], {*path, *inserted(site.weights, before)})
+    own = weights.get(site.weights, experts.get(site.weights, site.weights))
+    return Dropped(ids, own, [*weights.items(), *experts.items()], {*path, *inserted(site.weights, before)})
 
 
 def _copy(graph: fx.Graph, before: fx.Node, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> None:

@@ -1,0 +1,245 @@
+"""One mixture-of-experts block on a GPU at published widths: what users have against the fused kernels.
+
+A row is one way to run a block (router, experts, combine) of a published shape in bf16, on random tokens of one block
+of denoised tokens. Logits are spread as published routers spread theirs, so that the model's own routing uses about
+as many unique experts as is published. Ways are timed in turn, by CUDA events around single calls, and each is held
+against the eager block before it is timed.
+
+    fraction   the least time in which the experts that were used can be read, at the bandwidth measured in this run,
+               as a share of the time taken
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.util import find_spec
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from dmoe_compile.bench import Bar, Row, environment
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
+    from rich.table import Table
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Hidden size, expert width, experts, experts a token, tokens of a block of one published model."""
+
+    hidden: int
+    width: int
+    num_experts: int
+    top_k: int
+    tokens: int
+
+
+SHAPES = {
+    "SDAR-30B-A3B": Shape(2048, 768, 128, 8, 32),
+    "LLaDA2.0-mini": Shape(2048, 512, 256, 8, 32),
+    "LLaDA-MoE-7B": Shape(2048, 1024, 64, 8, 32),
+    "DiffusionGemma-26B": Shape(2816, 704, 128, 8, 256),
+}
+TINY = Shape(64, 32, 16, 4, 16)
+# The options of backend="dmoe" by the way's name; None is Inductor, which every other way is held against.
+WAYS: dict[str, dict[str, Any] | None] = {
+    "inductor": None,
+    "dmoe, no pass": {"experts": True},
+    "dmoe 0.6": {"experts": True, "passes": ["dmoe"], "dmoe.top_p": 0.6},
+    "dmoe 0.8": {"experts": True, "passes": ["dmoe"], "dmoe.top_p": 0.8},
+    "des vote": {"experts": True, "passes": ["des"], "des.variant": "vote"},
+}
+_COMMON = 0.6  # share of the logits' variance that a block's tokens have in common: 256 experts, 8 a token: about 70
+_SPREAD = 2.0
+_TOLERANCE = 0.03  # root mean square, relative: bf16 rounds each expert's result once more or less
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which shapes, timed calls of each way, and where; "cpu" with the shape "tiny" shows that the figure works."""
+
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    calls: int = 100
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        import torch
+
+        if self.calls < 1:
+            raise ValueError(f"calls is {self.calls}, but must be at least 1")
+        for name in self.shapes:
+            if name not in SHAPES and name != "tiny":
+                raise ValueError(f"shapes has {name!r}, but must be of: {', '.join([*SHAPES, 'tiny'])}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "device is cuda, but this torch sees no GPU; install a CUDA or ROCm build, or see what the generated "
+                "code would do with `dmoe bench gpu-model`"
+            )
+
+
+def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
+    """Return a row for each shape and way."""
+    import torch
+
+    from dmoe_compile.machine import bandwidth
+
+    device = torch.device(settings.device)
+    env = environment() | asdict(settings) | {"gpu": _name(device), "gb_per_s": bandwidth(device)}
+    bar = Bar(progress, total=len(settings.shapes) * (len(WAYS) + 3))
+    return [env | row for name in settings.shapes for row in _rows(name, settings, device, env["gb_per_s"], bar)]
+
+
+def _rows(name: str, settings: Settings, device: torch.device, gb_per_s: float, bar: Bar) -> Iterator[Row]:
+    import torch
+
+    shape = SHAPES.get(name, TINY)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    bar.say(f"{name}: build")
+    block, x = build(shape, device, dtype)
+    calls = dict(_ways(block, x))
+    if device.type == "cuda" and find_spec("vllm") is not None:
+        calls["vLLM fused_moe"] = _vllm(block, x, shape)
+    bar.advance()
+    with torch.no_grad():
+        own, unique = _output(block(x)), {}
+        for way, call in calls.items():
+            bar.say(f"{name}: compile {way}")
+            out = _output(call())
+            if not WAYS.get(way) or not WAYS[way].get("passes"):  # type: ignore[union-attr]
+                off = float((out.float() - own.float()).norm() / own.float().norm())
+                if not off < _TOLERANCE:
+                    raise RuntimeError(f"{way} is off by {off:.2g} on {name}: a wrong kernel has no speed")
+            unique[way] = _unique(block, x, WAYS.get(way))
+            bar.advance()
+        bar.say(f"{name}: time")
+        ms = _timed(calls, settings.calls, device)
+    bar.advance()
+    expert_bytes = 3 * shape.hidden * shape.width * x.element_size()
+    for way in calls:
+        floor_ms = unique[way] * expert_bytes / gb_per_s / 1e6
+        yield {
+            "shape": name, **asdict(shape), "way": way, "unique": unique[way], "ms": median(ms[way]),
+            "spread_ms": [sorted(ms[way])[len(ms[way]) // 5], sorted(ms[way])[-1 - len(ms[way]) // 5]],
+            "faster": median(ms["inductor"]) / median(ms[way]), "fraction": floor_ms / median(ms[way]),
+        }  # fmt: skip
+
+
+def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """Return transformers' own block of a shape, and tokens [1, T, H] that its router treats as a trained one would."""
+    import torch
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    config = Qwen3MoeConfig(
+        hidden_size=shape.hidden,
+        moe_intermediate_size=shape.width,
+        num_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k,
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = "grouped_mm"
+    with torch.device(device):
+        torch.manual_seed(0)
+        block = Qwen3MoeSparseMoeBlock(config).to(dtype).eval()
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+        x = _COMMON**0.5 * torch.randn(1, 1, shape.hidden) + (1 - _COMMON) ** 0.5 * torch.randn(
+            1, shape.tokens, shape.hidden
+        )
+        block.gate.weight.data.mul_(_SPREAD)
+    return block, x.to(dtype)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return the rows of run() as a table."""
+    from rich.table import Table
+
+    first = rows[0]
+    out = Table(
+        "shape", "way", "unique", "ms", "faster", "fraction",
+        title="One mixture-of-experts block, bf16: medians of single calls",
+        caption=f"{first['gpu']}, reads {first['gb_per_s']:.4g} GB/s; torch {first['torch']}", caption_justify="left",
+    )  # fmt: skip
+    for row in rows:
+        figures = f"{row['unique']}", f"{row['ms']:.3f}", f"{row['faster']:.2f}x", f"{row['fraction']:.0%}"
+        out.add_row(row["shape"], row["way"], *figures)
+    return out
+
+
+def _ways(block: nn.Module, x: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+    import torch
+
+    for way, options in WAYS.items():
+        how: dict[str, Any] = {} if options is None else {"backend": "dmoe", "options": options}
+        compiled = torch.compile(block, fullgraph=True, dynamic=False, isolate_recompiles=True, **how)  # type: ignore[call-overload]
+        yield way, partial(compiled, x)
+    yield "eager, grouped_mm", partial(block, x)
+
+
+def _vllm(block: Any, x: Tensor, shape: Shape) -> Callable[[], Any]:
+    """Return vLLM's fused kernel on the same weights, with the routing in eager PyTorch as vLLM has it."""
+    from vllm.model_executor.layers.fused_moe import fused_experts  # type: ignore[import-not-found]
+
+    rows = x.reshape(-1, shape.hidden)
+
+    def call() -> Any:
+        weights, ids = block.gate(rows)[1:]
+        return fused_experts(rows, block.experts.gate_up_proj, block.experts.down_proj, weights, ids)
+
+    return call
+
+
+def _unique(block: nn.Module, x: Tensor, options: dict[str, Any] | None) -> int:
+    """Return the experts that a way uses, counted by the same passes without the fused kernels."""
+    import dmoe_compile
+
+    counted = {**(options or {}), "stats": True, "experts": False}
+    import torch
+
+    dmoe_compile.routing_stats(reset=True)
+    torch.compile(block, backend="dmoe", options=counted, dynamic=False, isolate_recompiles=True)(x)  # type: ignore[call-overload]
+    ((count,),) = dmoe_compile.routing_stats(reset=True).sites.values()
+    return int(count)
+
+
+def _timed(calls: dict[str, Callable[[], Any]], number: int, device: torch.device) -> dict[str, list[float]]:
+    """Return ms of every call of each way, in turn: a machine that slows down slows all of them."""
+    ms: dict[str, list[float]] = {way: [] for way in calls}
+    for call in calls.values():
+        call()
+    for _ in range(number):
+        for way, call in calls.items():
+            ms[way].append(_ms(call, device))
+    return ms
+
+
+def _ms(call: Callable[[], Any], device: torch.device) -> float:
+    import torch
+
+    if device.type == "cpu":
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e3
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    elapsed: float = begin.elapsed_time(end)
+    return elapsed
+
+
+def _name(device: torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+
+
+def _output(result: Any) -> Tensor:
+    out: Tensor = result[0] if isinstance(result, tuple) else result
+    return out.reshape(-1, out.shape[-1])

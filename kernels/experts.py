@@ -1,0 +1,544 @@
+"""dmoe::experts: the experts of a mixture-of-experts layer on the tokens routed to them, in two GPU launches.
+
+    mid[t, e]   = act(gate[e] @ hidden[t]) * (up[e] @ hidden[t]) * weights[t, e]    the first; rounded once, here
+    partials[p] = a share of the sum over e of down[e] @ mid[t, e] + bias * weight  the second
+
+The layer's result is partials.sum(0), left to the caller: Inductor fuses it with the residual and the next norm, and
+as no program adds to what another wrote, equal inputs give equal bits.
+
+A denoising step is bound by the bytes of the experts it reads: each weight should be read once, by 16-byte
+asynchronous loads, and nothing may wait for the host. How a program learns its tokens decides the two variants.
+
+    dense over T: few tokens and a list of the experts in use. Every listed expert multiplies all T tokens, which costs
+        no more time than its own few (the weights are read anyway, and tensor cores take no fewer than 8), and what is
+        not its own is set to zero. The second launch sums over the whole list, in SPLIT shares.
+    routed: many tokens, or no list. A program owns some rows of one expert, finds that expert's tokens by scanning
+        all ids, and loops over tiles of them. There is a partial for each of a token's k experts.
+
+Grids are fixed; programs past the end of the list, or of an expert without tokens, exit at once. The weights are the
+left operand of every tl.dot: Hopper's and Blackwell's tensor cores want 64 rows there, of which 32 tokens are half.
+Layouts are strides, known when compiling, on the weights as they lie; masks are only where a tile does not fit.
+
+T, H, F: tokens, hidden size, expert width; E, k: experts, experts a token; A: list entries that mid has room for
+P: partials, SPLIT or k; BT, BN, BK: tokens, rows and depth (the dimension summed over) of a tile; KP: k as power of 2
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from dmoe_compile.kernels import experts_cpu
+from torch import Tensor
+from torch.library import wrap_triton
+
+DENSE_TOKENS = 64  # two accumulators of more than 64 x 64 spill registers
+MAX_TOKENS = 1024  # every program of the routed variant scans them: beyond, a grouped matmul of sorted tokens is better
+MOST_PARTIALS = 16  # of the dense variant: each of them is written and read again
+_SCAN = tl.constexpr(64)  # tokens that a step of that scan looks at
+
+
+@triton.jit
+def _gate_up_kernel(
+    hidden_ptr, ids_ptr, weights_ptr, gate_up_ptr, up_ptr, gate_up_bias_ptr, up_bias_ptr, active_ptr, counts_ptr,
+    mid_ptr, T,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    EXPERT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, UP: tl.constexpr,
+    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
+    ROUTED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of F, E or A). mid is [A, T, F], or [T * k, F] where ROUTED."""
+    TWO: tl.constexpr = LAYOUT == "concatenated" or LAYOUT == "separate"
+    # Rows of gate and up that lie in turn are read as one tile and told apart after the sum: loads stay 16 bytes wide.
+    IN_TURN: tl.constexpr = LAYOUT == "interleaved"
+    BR: tl.constexpr = 2 * BN if IN_TURN else BN
+    R: tl.constexpr = 2 * F if IN_TURN else F
+    EVEN: tl.constexpr = F % BN == 0 and H % BK == 0
+    FILL: tl.constexpr = None if EVEN else 0
+    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    depth = tl.arange(0, BK)
+    slots = tl.arange(0, KP)
+    places = tl.arange(0, BT)
+    entry = tl.program_id(1)
+    if ROUTED:
+        expert = entry
+        num_tokens = 0
+        for start in tl.range(0, T, _SCAN, num_stages=1):
+            seen = start + tl.arange(0, _SCAN)
+            known = (seen < T)[:, None] & (slots < K)[None, :]
+            ids = tl.load(ids_ptr + seen[:, None] * K + slots[None, :], mask=known, other=-1)
+            num_tokens += tl.sum((ids == expert).to(tl.int32))
+    else:
+        if entry >= tl.load(counts_ptr):
+            return
+        expert = tl.load(active_ptr + entry)
+        num_tokens = BT  # a loop of one step, which the compiler removes
+    at = expert.to(tl.int64) * EXPERT  # all experts together can have more than 2**31 weights
+    gate_ptrs = gate_up_ptr + at + rows[:, None] * ROW + depth[None, :] * COLUMN
+    if LAYOUT == "separate":
+        up_ptrs = up_ptr + at + rows[:, None] * ROW + depth[None, :] * COLUMN
+    else:
+        up_ptrs = gate_ptrs + UP
+    for first in range(0, num_tokens, BT):
+        if ROUTED:
+            inside = first + places < num_tokens
+            tokens = tl.zeros((BT,), tl.int32)
+            before = 0
+            for start in tl.range(0, T, _SCAN, num_stages=1):
+                seen = start + tl.arange(0, _SCAN)
+                known = (seen < T)[:, None] & (slots < K)[None, :]
+                ids = tl.load(ids_ptr + seen[:, None] * K + slots[None, :], mask=known, other=-1)
+                skipped, before = _skipped(ids == expert, before, first + places)
+                tokens += skipped
+        else:
+            tokens = places
+            inside = tokens < T
+        known = inside[:, None] & (slots < K)[None, :]
+        pairs = tokens[:, None] * K + slots[None, :]
+        own = tl.load(ids_ptr + pairs, mask=known, other=-1) == expert
+        given = tl.load(weights_ptr + pairs, mask=known, other=0).to(tl.float32)
+        weight = tl.sum(tl.where(own, given, 0.0), 1)
+        routed = tl.max(own.to(tl.int32), 1) == 1
+        if ROUTED:
+            into = tl.sum(tl.where(own, pairs, 0), 1)
+        else:
+            into = entry * T + tokens
+
+        hidden_ptrs = hidden_ptr + tokens[:, None] * H + depth[None, :]
+        gate = tl.zeros((BR, BT), tl.float32)
+        up = tl.zeros((BR, BT), tl.float32)
+        for k in range(0, H, BK):
+            within = None if EVEN else (rows < R)[:, None] & (k + depth < H)[None, :]
+            there = inside[:, None] if H % BK == 0 else inside[:, None] & (k + depth < H)[None, :]
+            x = tl.load(hidden_ptrs + k, mask=there, other=0).T
+            # evict_first: nobody else reads them. Triton 3.7 forgets it where the load becomes an asynchronous copy.
+            w = tl.load(gate_ptrs + k * COLUMN, mask=within, other=FILL, eviction_policy="evict_first")
+            gate = tl.dot(w, x, gate, input_precision="ieee")
+            if TWO:
+                w = tl.load(up_ptrs + k * COLUMN, mask=within, other=FILL, eviction_policy="evict_first")
+                up = tl.dot(w, x, up, input_precision="ieee")
+
+        if gate_up_bias_ptr is not None:
+            bias_ptrs = gate_up_bias_ptr + expert * (2 * F if LAYOUT == "concatenated" else R) + rows
+            gate += tl.load(bias_ptrs, mask=rows < R, other=0).to(tl.float32)[:, None]
+            if LAYOUT == "concatenated":
+                up += tl.load(bias_ptrs + F, mask=rows < R, other=0).to(tl.float32)[:, None]
+        if up_bias_ptr is not None:
+            up += tl.load(up_bias_ptr + expert * F + rows, mask=rows < R, other=0).to(tl.float32)[:, None]
+        if IN_TURN:
+            gate, up = tl.split(tl.permute(tl.reshape(gate, (BN, 2, BT)), (0, 2, 1)))
+        acted = _activated(gate, up, LAYOUT, ACTIVATION, ALPHA, LIMIT) * weight[None, :]
+        acted = tl.where(routed[None, :], acted, 0.0)  # a token that is not routed may hold anything, NaN too
+        columns = tl.program_id(0) * BN + tl.arange(0, BN)
+        stored = inside[None, :] if F % BN == 0 else inside[None, :] & (columns < F)[:, None]
+        tl.store(mid_ptr + into[None, :] * F + columns[:, None], acted.to(mid_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _down_dense_kernel(
+    mid_ptr, ids_ptr, weights_ptr, down_ptr, down_bias_ptr, active_ptr, counts_ptr, partials_ptr, T,
+    H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
+    SPLIT: tl.constexpr, CUTS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of H, SPLIT). A share is one of CUTS pieces of F, of every SPLIT // CUTS-th entry of the list."""
+    SPAN: tl.constexpr = F // CUTS
+    EVEN: tl.constexpr = H % BN == 0 and SPAN % BK == 0
+    FILL: tl.constexpr = None if EVEN else 0
+    share = tl.program_id(1)
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    depth = tl.arange(0, BK)
+    tokens = tl.arange(0, BT)
+    inside = tokens < T
+    count = tl.load(counts_ptr)
+    begin = share % CUTS * SPAN
+    mid_ptrs = mid_ptr + begin + tokens[:, None] * F + depth[None, :]
+    down_ptrs = down_ptr + begin * COLUMN + rows[:, None] * ROW + depth[None, :] * COLUMN
+    acc = tl.zeros((BN, BT), tl.float32)
+    # flatten: one pipeline through all experts. With one loop over (expert, k) in the source, the compiler has half as
+    # many loads on their way, as it must load the expert first; none, where that is done only as k starts anew.
+    for entry in tl.range(share // CUTS, count, SPLIT // CUTS, flatten=True):
+        expert = tl.load(active_ptr + entry).to(tl.int64)
+        for k in range(0, SPAN, BK):
+            within = None if EVEN else (rows < H)[:, None] & (k + depth < SPAN)[None, :]
+            there = inside[:, None] if SPAN % BK == 0 else inside[:, None] & (k + depth < SPAN)[None, :]
+            x = tl.load(mid_ptrs + entry * T * F + k, mask=there, other=0).T
+            w = tl.load(
+                down_ptrs + expert * (H * F) + k * COLUMN, mask=within, other=FILL, eviction_policy="evict_first"
+            )
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+    if down_bias_ptr is not None:
+        slots = tl.arange(0, KP)
+        known = inside[:, None] & (slots < K)[None, :]
+        pairs = tokens[:, None] * K + slots[None, :]
+        ids = tl.load(ids_ptr + pairs, mask=known, other=-1)
+        given = tl.load(weights_ptr + pairs, mask=known, other=0).to(tl.float32)
+        for entry in tl.range(share, count, SPLIT, num_stages=1):
+            expert = tl.load(active_ptr + entry)
+            bias = tl.load(down_bias_ptr + expert * H + rows, mask=rows < H, other=0).to(tl.float32)
+            acc += bias[:, None] * tl.sum(tl.where(ids == expert, given, 0.0), 1)[None, :]
+    stored = inside[None, :] if H % BN == 0 else inside[None, :] & (rows < H)[:, None]
+    tl.store(partials_ptr + (share * T + tokens)[None, :] * H + rows[:, None], acc, mask=stored)
+
+
+@triton.jit
+def _down_routed_kernel(
+    mid_ptr, ids_ptr, weights_ptr, down_ptr, down_bias_ptr, partials_ptr, T,
+    H: tl.constexpr, F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles of H, E). Writes the partials of the expert's own pairs, and zeros for its share of unrouted ones."""
+    EVEN: tl.constexpr = H % BN == 0 and F % BK == 0
+    FILL: tl.constexpr = None if EVEN else 0
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    depth = tl.arange(0, BK)
+    slots = tl.arange(0, KP)
+    places = tl.arange(0, BT)
+    expert = tl.program_id(1)
+    for start in tl.range(expert * BT, T * K, E * BT, num_stages=1):
+        pairs = start + places
+        ids = tl.load(ids_ptr + pairs, mask=pairs < T * K, other=0)
+        unrouted = ((ids < 0) | (ids >= E))[None, :] & (rows < H)[:, None]
+        place = (pairs % K * T + pairs // K)[None, :] * H
+        tl.store(partials_ptr + place + rows[:, None], tl.zeros((BN, BT), tl.float32), mask=unrouted)
+    num_tokens = 0
+    for start in tl.range(0, T, _SCAN, num_stages=1):
+        seen = start + tl.arange(0, _SCAN)
+        known = (seen < T)[:, None] & (slots < K)[None, :]
+        ids = tl.load(ids_ptr + seen[:, None] * K + slots[None, :], mask=known, other=-1)
+        num_tokens += tl.sum((ids == expert).to(tl.int32))
+    down_ptrs = down_ptr + expert.to(tl.int64) * (H * F) + rows[:, None] * ROW + depth[None, :] * COLUMN
+    for first in range(0, num_tokens, BT):
+        inside = first + places < num_tokens
+        tokens = tl.zeros((BT,), tl.int32)
+        before = 0
+        for start in tl.range(0, T, _SCAN, num_stages=1):
+            seen = start + tl.arange(0, _SCAN)
+            known = (seen < T)[:, None] & (slots < K)[None, :]
+            ids = tl.load(ids_ptr + seen[:, None] * K + slots[None, :], mask=known, other=-1)
+            skipped, before = _skipped(ids == expert, before, first + places)
+            tokens += skipped
+        known = inside[:, None] & (slots < K)[None, :]
+        own = tl.load(ids_ptr + tokens[:, None] * K + slots[None, :], mask=known, other=-1) == expert
+        slot = tl.sum(tl.where(own, slots[None, :], 0), 1)
+        pairs = tokens * K + slot
+        mid_ptrs = mid_ptr + pairs[:, None] * F + depth[None, :]
+        acc = tl.zeros((BN, BT), tl.float32)
+        for k in range(0, F, BK):
+            within = None if EVEN else (rows < H)[:, None] & (k + depth < F)[None, :]
+            there = inside[:, None] if F % BK == 0 else inside[:, None] & (k + depth < F)[None, :]
+            x = tl.load(mid_ptrs + k, mask=there, other=0).T
+            w = tl.load(down_ptrs + k * COLUMN, mask=within, other=FILL, eviction_policy="evict_first")
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+        if down_bias_ptr is not None:
+            weight = tl.load(weights_ptr + pairs, mask=inside, other=0).to(tl.float32)
+            bias = tl.load(down_bias_ptr + expert * H + rows, mask=rows < H, other=0).to(tl.float32)
+            acc += bias[:, None] * weight[None, :]
+        stored = inside[None, :] if H % BN == 0 else inside[None, :] & (rows < H)[:, None]
+        tl.store(partials_ptr + (slot * T + tokens)[None, :] * H + rows[:, None], acc, mask=stored)
+
+
+# The loads of both scans stand in the kernels: of a function that is passed a pointer, Inductor supposes that it writes
+# there, and clones the tensor.
+@triton.jit
+def _skipped(own, before, wanted):
+    """Return how many of these tokens stand before the wanted-th of the expert's own, and how many own were seen.
+
+    Summed over all tokens, the first is the index of the wanted-th. own: [tokens, KP], at most one of a row is true.
+    """
+    mine = tl.sum(own.to(tl.int32), 1)
+    upto = before + tl.cumsum(mine, 0)
+    return tl.sum((upto[:, None] <= wanted[None, :]).to(tl.int32), 0), before + tl.sum(mine, 0)
+
+
+@triton.jit
+def _activated(gate, up, LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
+    """Return what experts_cpu.activated does; the comparisons are such that NaN stays NaN."""
+    if ACTIVATION == "swigluoai":
+        gate = tl.where(gate > LIMIT, LIMIT, gate)
+        up = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up))
+        acted = (up + 1) * gate * tl.sigmoid(ALPHA * gate)
+    elif ACTIVATION == "silu":
+        acted = gate * tl.sigmoid(gate)
+    elif ACTIVATION == "gelu":
+        acted = 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))  # 1 / sqrt(2)
+    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(z)) / 2 is sigmoid(2 z); the factor is 2 sqrt(2 / pi)
+        acted = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        acted = tl.where(gate < 0, 0.0, gate)
+    if ACTIVATION == "relu2":
+        acted = acted * acted
+    if LAYOUT != "plain" and ACTIVATION != "swigluoai":
+        acted = acted * up
+    return acted
+
+
+def launch(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    active: Tensor | None,
+    counts: Tensor | None,
+    layout: str,
+    transposed: bool,
+    down_transposed: bool,
+    activation: str,
+    alpha: float,
+    limit: float,
+    autotune: bool = False,
+) -> Tensor:
+    """Return [P, T, H] fp32, whose sum over P is the weighted sum of each token's experts.
+
+    Args:
+        hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias: as in experts_cpu.launch. Rows of
+            hidden that are not routed, and weights of experts that nobody uses, may hold anything.
+        active: [1, E] int32, the experts that `ids` holds, each once, in any order, then anything.
+        counts: [1] int32, how many those are. Both come from dmoe::route, or both are None.
+        layout, transposed, down_transposed, activation, alpha, limit: as in experts_cpu.launch.
+        autotune: time the candidates for this GPU and these sizes at the first call, instead of the default tiles.
+
+    Raises:
+        ValueError: where check() does.
+    """
+    check(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, active, counts, layout,
+          transposed, down_transposed, activation, alpha, limit)  # fmt: skip
+    T, _ = hidden.shape  # the only size that may be symbolic: a kernel is compiled for each of the others
+    E, k = int(gate_up.shape[0]), int(ids.shape[1])
+    F, H = (int(size) for size in (down.shape[1:] if down_transposed else down.shape[:0:-1]))
+    dense = active is not None and T <= DENSE_TOKENS
+    gated = layout != "plain"
+    target = target_of(hidden.device)
+    config = default_config(target, T, H, F, E, k, hidden.itemsize, gated, dense)
+    BT, SPLIT = config.tokens, config.split
+    hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
+    entries = min(E, BT * k) if dense else E
+    mid = hidden.new_empty((entries * T if dense else T * k), F)
+    partials = hidden.new_empty((SPLIT if dense else k), T, H, dtype=torch.float32)
+    sizes: dict[str, Any] = dict(T=T, H=H, F=F, K=k, KP=triton.next_power_of_2(k), BT=BT)
+
+    tiles = candidates(target, config.gate_up, 2 if gated else 1, BT, H, hidden.itemsize) if autotune else ()
+    gate_up_kernel = _tuned(_gate_up_kernel, config.gate_up, tiles)
+    width = 2 * F if layout in ("concatenated", "interleaved") else F
+    wrap_triton(gate_up_kernel)[lambda meta: (triton.cdiv(F, meta["BN"]), entries)](
+        hidden_ptr=hidden, ids_ptr=ids, weights_ptr=weights, gate_up_ptr=gate_up, up_ptr=up,
+        gate_up_bias_ptr=gate_up_bias, up_bias_ptr=up_bias, active_ptr=active if dense else None,
+        counts_ptr=counts if dense else None, mid_ptr=mid, **sizes,
+        EXPERT=width * H, ROW=1 if transposed else H, COLUMN=width if transposed else 1,
+        UP=F if transposed else F * H, LAYOUT=layout, ACTIVATION=activation,
+        ALPHA=alpha if activation == "swigluoai" else 0.0, LIMIT=limit if activation == "swigluoai" else 0.0,
+        ROUTED=not dense,
+    )  # fmt: skip
+
+    span = F // config.cuts
+    tiles = candidates(target, config.down, 1, BT, span, hidden.itemsize) if autotune else ()
+    sizes |= dict(ROW=1 if down_transposed else F, COLUMN=H if down_transposed else 1)
+    if dense:
+        down_kernel = _tuned(_down_dense_kernel, config.down, tiles)
+        wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]), SPLIT)](
+            mid_ptr=mid, ids_ptr=ids, weights_ptr=weights, down_ptr=down, down_bias_ptr=down_bias, active_ptr=active,
+            counts_ptr=counts, partials_ptr=partials, **sizes, SPLIT=SPLIT, CUTS=config.cuts,
+        )  # fmt: skip
+    else:
+        down_kernel = _tuned(_down_routed_kernel, config.down, tiles)
+        wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]), E)](
+            mid_ptr=mid, ids_ptr=ids, weights_ptr=weights, down_ptr=down, down_bias_ptr=down_bias,
+            partials_ptr=partials, **sizes, E=E,
+        )  # fmt: skip
+    return partials
+
+
+def check(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    active: Tensor | None,
+    counts: Tensor | None,
+    layout: str,
+    transposed: bool,
+    down_transposed: bool,
+    activation: str,
+    alpha: float,
+    limit: float,
+) -> None:
+    """Raise ValueError, in words for a report, for what launch() does not take; its arguments may be fake tensors."""
+    experts_cpu.check(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
+                      down_transposed, activation)  # fmt: skip
+    if 0 in (*gate_up.shape, *down.shape, ids.shape[1]):
+        got = f"gate_up {list(gate_up.shape)}, down {list(down.shape)} and ids {list(ids.shape)}"
+        raise ValueError(f"experts: {got} have a dimension of 0, which leaves nothing to compute")
+    if hidden.shape[0] > MAX_TOKENS:  # no len(): it makes a number of a symbolic size
+        raise ValueError(
+            f"experts: T={hidden.shape[0]} tokens, but at most {MAX_TOKENS} are worth it, as every program searches "
+            "them all; a grouped matmul of tokens sorted by expert takes more"
+        )
+    for name, floats in (
+        ("weights", weights),
+        ("gate_up_bias", gate_up_bias),
+        ("up_bias", up_bias),
+        ("down_bias", down_bias),
+    ):
+        if floats is not None and not floats.is_floating_point():
+            raise ValueError(f"experts: {name} is {floats.dtype}, but must be a float type")
+        if floats is not None and name != "weights" and not floats.is_contiguous():
+            raise ValueError(f"experts: {name} has strides {floats.stride()}, but must be contiguous")
+    if up_bias is not None and layout != "separate":
+        raise ValueError(f"experts: up_bias is given, but with layout {layout!r} all biases are in gate_up_bias")
+    if (active is None) != (counts is None):
+        raise ValueError("experts: active and counts are the two halves of one list; give both or neither")
+    for name, numbers, shape in (("active", active, (1, gate_up.shape[0])), ("counts", counts, (1,))):
+        if numbers is not None and (tuple(numbers.shape) != shape or numbers.dtype != torch.int32):
+            got = f"{numbers.dtype}{list(numbers.shape)}"
+            raise ValueError(f"experts: {name} is {got}, but must be int32{list(shape)}, of one block")
+    if activation == "swigluoai" and not (isfinite(alpha) and isfinite(limit) and limit > 0):
+        raise ValueError(f"experts: alpha={alpha} and limit={limit} of 'swigluoai' must be finite, and limit above 0")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What decides tiles about a GPU."""
+
+    shared_bytes: int  # that one program may have
+    processors: int
+    stages: int
+    steps_in_registers: bool = False  # AMD: one step less in shared memory, as the next waits in registers
+
+
+TARGETS = {  # by the names that their compilers have for them
+    "sm_80": Target(163 << 10, 108, stages=4),
+    "sm_90": Target(227 << 10, 132, stages=4),
+    "sm_100": Target(227 << 10, 148, stages=4),
+    "gfx942": Target(64 << 10, 304, stages=3, steps_in_registers=True),
+}
+
+
+def target_of(device: torch.device) -> Target:
+    """Return the target that is `device`; of none, as on the CPU under the interpreter, the one with least to spare."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return TARGETS["sm_80"]
+    known: Any = torch.cuda.get_device_properties(device)  # torch's stubs lack half of it
+    if torch.version.hip:
+        return Target(known.shared_memory_per_block, known.multi_processor_count, stages=3, steps_in_registers=True)
+    return Target(known.shared_memory_per_block_optin, known.multi_processor_count, stages=4)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Of a weight: rows (of gate, as many of up), the depth of a step; warps of a program, stages of its pipeline."""
+
+    rows: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """How both launches are cut up."""
+
+    tokens: int
+    gate_up: Tile
+    down: Tile
+    split: int  # partials of the dense variant
+    cuts: int  # of the expert width, among those
+
+
+def default_config(
+    target: Target, T: int, H: int, F: int, E: int, k: int, itemsize: int, gated: bool, dense: bool
+) -> Config:
+    """Return tiles that were compiled for each of TARGETS and keep everything in registers; none was timed.
+
+    64 rows are what one warp group's tensor core instruction wants; the rest follows from the sizes.
+    """
+    # A routed expert may well get four times the mean: what is over takes another turn, which reads weights again.
+    wanted = T if dense else min(T, 4 * T * k // E)
+    tokens = 16 if wanted <= 16 else 32 if wanted <= 32 else 64
+    tiles_of_h = triton.cdiv(H, 64)
+    split = min(MOST_PARTIALS, max(1, round(target.processors / tiles_of_h))) if dense else 1
+    cuts = _cuts(F, split) if dense else 1
+    depths = (64, 32) if itemsize == 2 else (32, 16)
+    gate_up = _tile(target, 2 if gated else 1, tokens, _depth(H, depths), itemsize)
+    # A step of twice the depth halves the steps, but a pipeline needs two within an expert to run on into the next.
+    span = F // cuts
+    deeper = (128,) if itemsize == 2 and not target.steps_in_registers and span >= 256 else ()
+    down = _tile(target, 1, tokens, _depth(span, (*deeper, *depths)), itemsize)
+    return Config(tokens, gate_up, down, cuts * triton.cdiv(split, cuts), cuts)
+
+
+def candidates(target: Target, default: Tile, operands: int, tokens: int, size: int, itemsize: int) -> tuple[Tile, ...]:
+    """Return the tiles worth timing, `default` first: those that the target has shared memory and registers for.
+
+    Args:
+        target: the GPU.
+        default: the tile of default_config().
+        operands: 2 where gate and up are both read, else 1.
+        tokens: BT.
+        size: of the dimension summed over, in one piece.
+        itemsize: of a weight.
+    """
+    found = {default: None}  # an ordered set
+    for depth in (default.depth, 2 * default.depth):
+        for rows, warps in ((64, 4), (64, 8), (32, 4), (128, 8)):
+            tile = _tile(target, operands, tokens, depth, itemsize, rows, warps)
+            sums = operands * rows * tokens // (32 * warps)  # registers of a thread
+            # Twice the depth only where that adds no mask and leaves the pipeline two steps; see _cuts.
+            even = depth == default.depth or (size % depth == 0 and size >= 2 * depth)
+            if even and sums <= 64 and tile.stages > 1:
+                found[tile] = None
+    return tuple(found)
+
+
+def _cuts(width: int, split: int) -> int:
+    """Return into how many pieces of two steps or more of 64 the expert width goes, if possible `split` or just above.
+
+    Then every share is as long as any other, however many experts there are.
+    """
+    steps = width // 64 if width % 64 == 0 else 1
+    possible = [n for n in range(1, steps // 2 + 1) if steps % n == 0] or [1]
+    return next((n for n in possible if n >= split), possible[-1])
+
+
+def _depth(size: int, depths: tuple[int, ...]) -> int:
+    """Return the first that needs no mask, else the last but one, as the last is for small sizes."""
+    return next((depth for depth in depths if size % depth == 0), depths[-2])
+
+
+def _tile(
+    target: Target, operands: int, tokens: int, depth: int, itemsize: int, rows: int = 64, warps: int = 4
+) -> Tile:
+    """Return the tile with as many stages as fit the target, or with one."""
+    step_bytes = (operands * rows + tokens) * depth * itemsize
+    steps = target.shared_bytes // step_bytes + (1 if target.steps_in_registers else 0)
+    return Tile(rows, depth, warps, max(1, min(target.stages, steps)))
+
+
+@functools.cache  # one object each: whoever traces a launch keeps it
+def _tuned(kernel: Callable[..., None], default: Tile, tiles: tuple[Tile, ...]) -> Any:
+    """Return the kernel with its tiles set: to the default's, or to those of `tiles` that turn out best.
+
+    Triton keeps results of timing on disk, by GPU, kernel and `key`.
+    """
+    configs = [
+        triton.Config(dict(BN=tile.rows, BK=tile.depth), num_warps=tile.warps, num_stages=tile.stages)
+        for tile in tiles or (default,)
+    ]
+    return triton.autotune(configs, key=["H", "F", "BT"], cache_results=True)(kernel)
+
+
+experts = torch.library.triton_op("dmoe::experts", launch, mutates_args=())

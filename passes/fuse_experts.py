@@ -1,0 +1,385 @@
+"""Give the experts of a site to one fused op: kernels/experts.py on GPUs, kernels/experts_cpu.py on CPUs.
+
+    combine: [T, H] = ...(grouped or batched matmuls, activation, weights, sum over k)
+        ->  GPU: sum(dmoe.experts(hidden, ids, weights, gate_up, down, ..) [P, T, H] fp32)
+            CPU: dmoe.experts_cpu(hidden, ids, weights, gate_up, down, ..)
+
+Which weight is which, how gate and up lie and which activation it is are read from shapes and operations; that leaves
+more than one reading of some banks (H = 2I is square). So what stands there is cut out and run once on random tokens
+with the model's own weights, and the reading that computes the same is taken. None does: the site keeps its own code.
+Layers that are alike are checked once.
+Left alone: sizes that are symbolic, experts that read more than hidden states, routing and their own weights, weights
+of another dtype than hidden states, and what check() of the kernels does not take.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from dmoe_compile.kernels.experts_cpu import reference  # also registers dmoe::experts_cpu
+from dmoe_compile.passes.constrain import Tracer
+from dmoe_compile.passes.inline import between
+from dmoe_compile.passes.region import Region, cut, made_up, scalars
+from dmoe_compile.passes.sites import FACTORIES, VIEWS, Site, Sources, packet, shape
+from torch import Tensor, fx
+from torch._subclasses import FakeTensor
+
+aten = torch.ops.aten
+_SHAPE_ONLY = VIEWS - {aten._to_copy, torch.ops.prims.convert_element_type, aten.slice, aten.select}
+SYMBOLIC = "its sizes are symbolic, and the fused kernel is chosen by them: compile with dynamic=False"
+_MAX_MADE_UP = 2**24  # elements of weights that are made up where the model's own can't be seen
+_MAX_CHECK_BYTES = 4 * 2**30  # of the largest value in a site's own code: gathered weights of all pairs
+# Relative error, root mean square, against fp32: three roundings of half a unit each, and tf32 where it is allowed.
+_TOLERANCE = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Form:
+    """How experts are computed; see kernels/experts_cpu.py, whose last arguments these are."""
+
+    layout: str
+    transposed: bool
+    down_transposed: bool
+    activation: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return self.layout, self.transposed, self.down_transposed, self.activation, self.alpha, self.limit
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The operands of a site's experts: graph nodes, weights in the order of the op's arguments, and their form."""
+
+    hidden: fx.Node
+    weights: tuple[fx.Node | None, ...]  # gate_up, up, down, gate_up_bias, up_bias, down_bias
+    form: Form
+
+
+@dataclass
+class Reader:
+    """Reads the experts of the sites of one graph.
+
+    Attributes:
+        sources: what is known of the graph's inputs.
+        values: real tensors of its inputs, by name; those that are only known by shape are left out.
+        verify: hold what was read against what it computes; else the likeliest reading is taken.
+        known: which reading, by what stands there; may be shared by the graphs of one model.
+    """
+
+    sources: Sources
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    verify: bool = True
+    known: dict[str, int | str] = field(default_factory=dict)
+
+    def read(self, site: Site) -> Bank | str:
+        """Return what the fused op takes of a site, or why it can't."""
+        if site.weights is None:
+            return "its routing weights are not one tensor [T, k]"
+        if not isinstance(site.ids.meta["val"].numel(), int):
+            return SYMBOLIC
+        hidden = _hidden(site, self.sources)
+        if isinstance(hidden, str):
+            return hidden
+        region = cut([hidden, site.ids, site.weights], [site.combine])
+        if region.symbolic:
+            return SYMBOLIC
+        others = [leaf for leaf in region.leaves if not self._is_weight(leaf, site)]
+        if others:
+            return f"its experts read {', '.join(map(str, others))} besides hidden states, routing and their weights"
+        readings = [Bank(hidden, weights, form) for weights, form in _readings(site, region, hidden)]
+        if not readings:
+            return "its experts are no two or three matrices with an activation that the fused kernel knows"
+        if not self.verify:
+            return readings[0]
+        key = region.key
+        if key not in self.known:
+            self.known[key] = self._check(site, region, readings)
+        found = self.known[key]
+        return found if isinstance(found, str) else readings[found]
+
+    def _is_weight(self, node: fx.Node, site: Site) -> bool:
+        is_parameter = node.op == "get_attr" or node.name in self.sources.parameters
+        dims = shape(node) or ()
+        return is_parameter and len(dims) in (2, 3) and dims[0] == site.num_experts
+
+    def _check(self, site: Site, region: Region, readings: Sequence[Bank]) -> int | str:
+        """Return which reading computes what the region does on random tokens, or why none is taken."""
+        largest = max(value.numel() * value.element_size() for node in region.nodes for value in _tensors(node))
+        if largest > _MAX_CHECK_BYTES:
+            return f"its own code makes a tensor of {largest / 2**30:.3g} GiB, too much to check it by"
+        seen = {leaf: self.values[leaf.name] for leaf in region.leaves if leaf.name in self.values}
+        unseen = [leaf for leaf in region.leaves if leaf not in seen]
+        if sum(leaf.meta["val"].numel() for leaf in unseen) > _MAX_MADE_UP:
+            return "its weights can't be seen here, and are too large to be made up"
+        device = next((value.device for value in seen.values()), torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        weights = {leaf: seen[leaf] if leaf in seen else made_up(leaf, device, generator) for leaf in region.leaves}
+        hidden, ids, routing = _tokens(site, region.inputs[0], device, generator)
+        (own,) = region.run([hidden, ids, routing, *weights.values()], device)
+        own = own.reshape(-1, own.shape[-1]).float()
+        if not own.isfinite().all() or not own.any():
+            return "its experts make nothing but zeros, or numbers that are not finite, of random tokens"
+        rows = hidden.reshape(own.shape), ids.reshape(-1, site.top_k), routing.reshape(-1, site.top_k)
+        wrong = []
+        for i, bank in enumerate(readings):
+            operands = [None if node is None else weights[node] for node in bank.weights]
+            try:
+                ours = reference(*rows, *operands, *bank.form.arguments)
+            except ValueError as error:
+                wrong.append(str(error))
+                continue
+            off = float((ours - own).norm() / own.norm())
+            if off <= _TOLERANCE[hidden.dtype]:
+                return i
+            wrong.append(f"{bank.form.activation} {bank.form.layout}: off by {off:.2g}")
+        return f"its experts compute something else than the fused kernel ({'; '.join(wrong)})"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A site with fused experts: `combine` takes the place of the site's own, `partials` [P, T, H] sum up to it."""
+
+    combine: fx.Node
+    partials: fx.Node | None = None
+
+
+def fuse(graph: fx.Graph, site: Site, bank: Bank, listed: Sequence[fx.Node], tracer: Tracer) -> Fused:
+    """Replace a site's combine by the fused op; the site's own code is left for dead.
+
+    Args:
+        graph: the site's.
+        site: as the routing passes have left it. Ids outside [0, E) are tokens that are not routed.
+        bank: what its experts are.
+        listed: the active experts and their count as dmoe::route returns them, where that routed the site.
+        tracer: of this graph.
+    """
+    assert site.weights is not None
+    operands = [bank.hidden, site.ids, site.weights, *(node for node in bank.weights if node is not None)]
+    given = tuple(node is not None for node in bank.weights)
+    value = site.combine.meta["val"]
+    before = site.combine.next
+    if value.device.type == "cpu":
+        rule = functools.partial(_on_cpu, given, site.top_k, bank.form.arguments, tuple(value.shape), value.dtype)
+        (out,) = tracer.insert(graph, before, rule, operands, ("experts", given, bank.form, value.dtype, value.shape))
+        partials = None
+    else:
+        op = functools.partial(_on_gpu, given, site.top_k, bank.form.arguments)
+        args = [*operands, *listed]
+        (partials,) = tracer.insert(graph, before, op, args, ("experts", given, bank.form, len(listed)))
+        total = functools.partial(summed, tuple(value.shape), value.dtype)
+        (out,) = tracer.insert(graph, before, total, [partials], ("sum of experts", value.dtype, value.shape))
+    site.combine.replace_all_uses_with(out)
+    return Fused(out, partials)
+
+
+def summed(size: Sequence[int], dtype: torch.dtype, partials: Tensor) -> Tensor:
+    """Return the experts' result: their fp32 partial sums [P, T, H] added up and rounded once.
+
+    Written as additions: a sum over more than 8 is a reduction to Inductor, which it fuses with no norm that follows.
+    """
+    first, *others = partials.unbind(0)
+    return functools.reduce(torch.add, others, first).to(dtype).reshape(tuple(size))
+
+
+def _operands(given: Sequence[bool], top_k: int, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return hidden [T, H], ids and weights [T, k], and the bank's weights with None for those it has not."""
+    hidden, ids, weights, *bank = tensors
+    rest = iter(bank)
+    rows = [hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1, top_k), weights.reshape(-1, top_k)]
+    return [*rows, *(next(rest) if here else None for here in given)]
+
+
+def _on_cpu(
+    given: Sequence[bool], top_k: int, form: Sequence[Any], size: Sequence[int], dtype: torch.dtype, *tensors: Tensor
+) -> Tensor:
+    out: Tensor = torch.ops.dmoe.experts_cpu(*_operands(given, top_k, tensors), *form)
+    return out.to(dtype).reshape(tuple(size))
+
+
+def _on_gpu(given: Sequence[bool], top_k: int, form: Sequence[Any], *tensors: Tensor) -> Tensor:
+    count = 3 + sum(given)
+    listed = tensors[count:] or (None, None)
+    out: Tensor = torch.ops.dmoe.experts(*_operands(given, top_k, tensors[:count]), *listed, *form)
+    return out
+
+
+def _hidden(site: Site, sources: Sources) -> fx.Node | str:
+    """Return the one activation [T, H] that a site's experts read, before it is expanded or gathered."""
+    assert site.weights is not None
+    routed = {site.ids, site.weights, *between(site.ids, site.combine), *between(site.weights, site.combine)}
+    tokens = site.ids.meta["val"].numel() // site.top_k
+    elements = tokens * (shape(site.hidden) or (0,))[-1]
+    roots: dict[fx.Node, None] = {}
+    stack, seen = [site.combine], {site.combine, site.ids, site.weights}
+    while stack:
+        for node in stack.pop().all_input_nodes:
+            if node in seen or _is_static(node, sources) or packet(node) in FACTORIES:
+                continue
+            seen.add(node)
+            root = node if node in routed else _root(node, elements)
+            if root not in routed and isinstance(root.meta.get("val"), Tensor) and root.meta["val"].numel() == elements:
+                roots[root] = None
+            elif root.op == "call_function":
+                stack.append(root)
+            else:
+                return f"its experts read {root}, which is neither hidden state, routing nor weight"
+    if len(roots) != 1:
+        return f"its experts read {len(roots)} activations of T*H elements, not one"
+    return next(iter(roots))
+
+
+def _root(node: fx.Node, elements: Any) -> fx.Node:
+    """Walk back through views as long as what is viewed holds at least as many elements."""
+    while packet(node) in _SHAPE_ONLY and node.all_input_nodes[0].meta["val"].numel() >= elements:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_static(node: fx.Node, sources: Sources) -> bool:
+    """Say whether a value is made of weights and constants alone."""
+    if node.op != "call_function":
+        return node.op == "get_attr" or node.name in sources.parameters
+    return all(_is_static(parent, sources) for parent in node.all_input_nodes)
+
+
+def _readings(site: Site, region: Region, hidden: fx.Node) -> Iterator[tuple[tuple[fx.Node | None, ...], Form]]:
+    """Yield what the weights of a region may be, likeliest first: by their order of use, shapes and operations."""
+    width = _size(hidden, -1)
+    order = _by_use(region)
+    matrices = [leaf for leaf in order if len(shape(leaf) or ()) == 3]
+    biases = [leaf for leaf in order if len(shape(leaf) or ()) == 2]
+    if len(matrices) not in (2, 3) or len(biases) > 3:
+        return
+    *first, down = matrices
+    sliced = any(packet(node) is aten.slice and node.args[4:] and node.args[4] != 1 for node in region.nodes)
+    layouts = ["interleaved", "concatenated"] if sliced else ["concatenated", "interleaved"]
+    for transposed, down_transposed in itertools.product(_orders(first[0], region), _orders(down, region)):
+        rows = _size(first[0], 1 if not transposed else 2)
+        inner = _size(down, 2 if not down_transposed else 1)
+        if (
+            _size(first[0], 2 if not transposed else 1) != width
+            or _size(down, 1 if not down_transposed else 2) != width
+        ):
+            continue
+        if len(first) == 2:
+            fitting = ["separate"] if rows == inner else []
+        else:
+            fitting = layouts if rows == 2 * inner else ["plain"] if rows == inner else []
+        for layout, activation in itertools.product(fitting, _activations(region)):
+            form = Form(layout, transposed, down_transposed, *activation)
+            pairs = [(first[0], None)] if len(first) == 1 else [(first[0], first[1]), (first[1], first[0])]
+            for (gate_up, up), of_biases in itertools.product(pairs, _bias_orders(biases, rows, inner, width, layout)):
+                yield (gate_up, up, down, *of_biases), form
+
+
+def _by_use(region: Region) -> list[fx.Node]:
+    """Return the weights of a region in the order in which they are first used for more than being moved."""
+    position = {node: i for i, node in enumerate(region.nodes)}
+
+    def first_use(leaf: fx.Node) -> int:
+        stack, found = [leaf], [len(position)]
+        while stack:
+            for user in stack.pop().users:
+                if user not in position:
+                    continue
+                if packet(user) in VIEWS or packet(user) in (aten.index, aten.index_select, aten.gather):
+                    stack.append(user)
+                else:
+                    found.append(position[user])
+        return min(found)
+
+    return sorted(region.leaves, key=first_use)
+
+
+def _orders(weight: fx.Node, region: Region) -> list[bool]:
+    """Return whether a weight may lie transposed, likelier first.
+
+    linear(x, W) and W @ x read W as [out, in], x @ W as [in, out]; a transpose on the way turns that round.
+    """
+    inside, node, swapped = set(region.nodes), weight, False
+    while True:
+        users = [user for user in node.users if user in inside]
+        if not users:
+            return [False, True]
+        (user, *_) = users
+        swapped ^= packet(user) in (aten.t, aten.transpose, aten.permute)
+        if packet(user) in VIEWS or packet(user) in (aten.index, aten.index_select):
+            node = user
+            continue
+        is_first = bool(user.all_input_nodes) and user.all_input_nodes[0] is node and packet(user) is aten.bmm
+        likely = not swapped and not is_first and packet(user) is not aten.linear
+        return [likely, not likely]
+
+
+def _activations(region: Region) -> Iterator[tuple[Any, ...]]:
+    """Yield (name, alpha, limit) of the activations that a region's operations may be."""
+    ops = {packet(node) for node in region.nodes}
+    if aten.silu in ops:
+        yield ("silu",)
+    for node in region.nodes:
+        if packet(node) is aten.gelu:
+            yield ("gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu",)
+    if aten.relu in ops:
+        yield ("relu2",) if aten.pow in ops or aten.square in ops else ("relu",)
+        yield ("relu2",)
+    if aten.sigmoid in ops:
+        limits = scalars(region.nodes, aten.clamp) + scalars(region.nodes, aten.clamp_max)
+        for limit, alpha in itertools.product(limits, scalars(region.nodes, aten.mul)):
+            if limit > 0:
+                yield "swigluoai", alpha, limit
+        yield ("silu",)
+
+
+def _bias_orders(
+    biases: Sequence[fx.Node], rows: int, inner: int, width: int, layout: str
+) -> Iterator[tuple[fx.Node | None, ...]]:
+    """Yield (gate_up_bias, up_bias, down_bias) that fit, biases in their order of use."""
+    sizes = (rows, inner, width)
+    for slots in itertools.combinations(range(3), len(biases)):
+        chosen: list[fx.Node | None] = [None, None, None]
+        for slot, bias in zip(slots, biases, strict=True):
+            chosen[slot] = bias
+        fits = all(bias is None or _size(bias, 1) == size for bias, size in zip(chosen, sizes, strict=True))
+        if fits and (chosen[1] is None or layout == "separate"):
+            yield tuple(chosen)
+
+
+def _size(node: fx.Node, dim: int) -> int:
+    size: int = node.meta["val"].shape[dim]
+    return size
+
+
+def _tensors(node: fx.Node) -> list[Tensor]:
+    value = node.meta.get("val")
+    return [each for each in (value if isinstance(value, tuple | list) else [value]) if isinstance(each, Tensor)]
+
+
+def _tokens(
+    site: Site, hidden: fx.Node, device: torch.device, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random hidden states, and routing to few experts: each that is hit costs the reference a matmul."""
+    assert site.weights is not None
+    value, ids = hidden.meta["val"], site.ids.meta["val"]
+    tokens = ids.numel() // site.top_k
+    few = torch.randperm(site.num_experts, generator=generator)[: 2 * site.top_k]
+    chosen = torch.stack([few[torch.randperm(len(few), generator=generator)[: site.top_k]] for _ in range(tokens)])
+    weights = torch.rand(tokens, site.top_k, generator=generator) + 0.5
+    states = torch.randn(value.shape, generator=generator)
+    return (
+        states.to(device, value.dtype),
+        chosen.reshape(ids.shape).to(device, ids.dtype),
+        weights.reshape(site.weights.meta["val"].shape).to(device, site.weights.meta["val"].dtype),
+    )
+
+
+def seen(values: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the inputs of a graph that are real tensors."""
+    return {name: x for name, x in values.items() if isinstance(x, Tensor) and not isinstance(x, FakeTensor)}

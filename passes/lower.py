@@ -1,0 +1,176 @@
+"""Decide which layers get the fused kernels, and put them in: routing (GPUs) and experts.
+
+    experts="auto"   where there is a kernel, it takes the layer, and reading weights is what limits the layer
+    experts=True     the same, and a layer that can't have it is an error that says why
+    experts=False    nowhere: the model's own code
+
+On GPUs the kernels are Triton's, for up to 1,024 tokens of a forward: longer ones are prefill, which matrix
+multiplication limits. On CPUs there is only a plain one, which "auto" does not take.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, describe
+from dmoe_compile.passes.cost import GPUS, reading_limits
+from dmoe_compile.passes.fuse_experts import SYMBOLIC, Bank, Fused, Reader, fuse
+from dmoe_compile.passes.fuse_route import Routed, method_of, read, route
+from dmoe_compile.passes.limit import DECODED
+from dmoe_compile.passes.sites import Site
+from torch import Tensor, fx
+
+_KERNELS = ("route", "experts", "reuse")  # they import Triton, which CPU builds of torch do not bring
+MAX_TOKENS = 1024  # of a forward that the fused kernels take; what kernels/route.py holds
+
+
+class NotFusedError(ValueError):
+    """experts=True asks for what can't be had."""
+
+
+@dataclass
+class Lowering:
+    """Puts fused kernels into one graph.
+
+    Attributes:
+        reader: reads the experts of its sites.
+        experts: the option of this name.
+    """
+
+    reader: Reader
+    experts: bool | Literal["auto"]
+
+    def bank(self, site: Site) -> Bank | str:
+        """Return what the fused experts take of a site, or why it keeps its own code.
+
+        Raises:
+            NotFusedError: where experts=True asks for what can't be had.
+        """
+        found = self._reason(site) or self.reader.read(site)
+        if self.experts is True and isinstance(found, str):
+            raise NotFusedError(
+                f"experts=True, but {site.name} can't have the fused kernel: {found}; use experts='auto'"
+            )
+        return found
+
+    def _reason(self, site: Site) -> str:
+        """Return why a site keeps its own experts whatever they are, "" where it need not."""
+        if self.experts is False:
+            return "experts=False"
+        value = site.combine.meta["val"]
+        if value.device.type == "cpu":
+            return "" if self.experts is True else "on a CPU the fused op is plain PyTorch, which is no faster"
+        if value.device.type != "cuda":
+            return f"there is no fused kernel for {value.device.type}"
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed, which the fused kernels are written in"
+        for kernel in _KERNELS:
+            importlib.import_module(f"dmoe_compile.kernels.{kernel}")
+        tokens = site.ids.meta["val"].numel() // site.top_k
+        if not isinstance(tokens, int):
+            return SYMBOLIC
+        if tokens > MAX_TOKENS:
+            return f"{tokens} tokens are more than the {MAX_TOKENS} that the fused kernels are made for"
+        target = target_of(value.device)
+        if self.experts == "auto" and not reading_limits(site, tokens, GPUS.get(target, GPUS["sm_90"])):
+            return f"with {tokens} tokens it is limited by arithmetic, not by reading weights"
+        return ""
+
+    def route(
+        self,
+        graph: fx.Graph,
+        site: Site,
+        where: Layout,
+        passes: Mapping[str, Any],
+        settings: Settings,
+        tracer: Tracer,
+    ) -> tuple[Outcome, Routed] | str:
+        """Give a site's routing to the fused op, or say why it is Inductor's."""
+        if site.combine.meta["val"].device.type == "cpu":
+            return "there is no fused routing on CPUs"
+        method = method_of(passes, where, settings, site.top_k)
+        router = read(site, self.reader)
+        for answer in (method, router):
+            if isinstance(answer, str):
+                return answer
+        assert not isinstance(method, str)
+        assert not isinstance(router, str)
+        done = route(graph, site, router, where, method, settings, tracer)
+        if isinstance(done, str):
+            return done
+        lossy = method[0] != "own" or where.step is not None
+        outcome = Outcome(site, lossy, "" if lossy else "no pass is selected")
+        return (describe(outcome, where, settings) if lossy else outcome), done
+
+    def fuse(
+        self,
+        graph: fx.Graph,
+        site: Site,
+        bank: Bank,
+        routed: Routed | None,
+        where: Layout,
+        tracer: Tracer,
+        *,
+        dropped: bool,
+    ) -> tuple[Site, Fused]:
+        """Replace a site's experts by the fused op; return the site as it is then.
+
+        Args:
+            graph: the site's.
+            site: as the routing passes have left it.
+            bank: what its experts are.
+            routed: what the fused routing made of it, None where it is Inductor's.
+            where: where its tokens lie.
+            tracer: of this graph.
+            dropped: whether top_any has dropped experts of tokens: their weight is 0.
+        """
+        if routed is not None:
+            site = replace(site, ids=routed.ids, weights=routed.weights)
+            fused = fuse(graph, site, bank, [routed.active, routed.counts] if routed.listed else [], tracer)
+            return replace(site, combine=fused.combine), fused
+        assert site.weights is not None
+        chosen = site
+        if dropped:
+            args, key = [chosen.ids, site.weights], ("unweighted", site.num_experts)
+            (ids,) = tracer.insert(graph, site.combine, _Unweighted(site.num_experts), args, key)
+            chosen = replace(chosen, ids=ids)
+        if where.step is not None:
+            args, key = [chosen.ids, where.step.roles], ("unrouted", site.num_experts)
+            (ids,) = tracer.insert(graph, site.combine, _Unrouted(site.num_experts), args, key)
+            chosen = replace(chosen, ids=ids)
+        fused = fuse(graph, chosen, bank, [], tracer)
+        return replace(site, combine=fused.combine), fused
+
+
+@dataclass(frozen=True)
+class _Unweighted:
+    """ids and weights [T, k] -> ids with E, which no expert has, where the weight is 0."""
+
+    num_experts: int
+
+    def __call__(self, ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.where(weights.reshape(ids.shape) == 0, self.num_experts, ids)
+
+
+@dataclass(frozen=True)
+class _Unrouted:
+    """ids [T, k], roles [R, S] int8 -> ids with E for tokens that are not computed."""
+
+    num_experts: int
+
+    def __call__(self, ids: Tensor, roles: Tensor) -> Tensor:
+        return torch.where((roles >= DECODED).reshape(*ids.shape[:-1], 1), self.num_experts, ids)
+
+
+def target_of(device: torch.device) -> str:
+    """Return what a GPU's kernels are compiled for, as in "sm_90" or "gfx942"."""
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -1,0 +1,382 @@
+"""Run ordinary @triton.jit kernels on CPU tensors, in this process and in numpy: what they compute, without a GPU.
+
+    with interpreted(seed=1):
+        out = torch.ops.dmoe.reuse(...)  # every launch inside, also through wrap_triton and inside generated modules
+
+Triton has an interpreter of its own. What is added here:
+- The process is not started with TRITON_INTERPRET, so the same kernels can be compiled (tests/ahead_of_time.py).
+- bf16 is right: stock, it is held as uint16, which adds, multiplies and compares its bits as integers.
+- fma rounds once, minimum and maximum drop a NaN as the hardware does, and reductions run along an axis at once.
+- Programs run in a shuffled order, so that one that needs another's results is seen.
+- Every load, store and atomic must lie in one of the kernel's tensor arguments, not just in its storage.
+What has no defined result, or none that numpy gives, raises TypeError: sums in bf16, argmax of NaN, dots in tf32.
+
+What it can't show: speed, races inside a program, int32 overflow of a loop's variable (a Python int here), which
+products a compiler fuses with which sums, and how a GPU approximates exp. For the rest of a GPU's rules (tile sizes
+that dot takes, powers of two) compile the kernel.
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import random
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import triton.language as tl
+from torch import Tensor, nn
+from triton._C.libtriton import ir
+from triton.runtime import interpreter as stock
+from triton.runtime.interpreter import TensorHandle
+from triton.runtime.jit import JITFunction, get_jit_fn_file_line
+
+# Everything of Triton's that the interpreter changes while a kernel runs.
+_PATCHED = (JITFunction, tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base, tl.dtype)
+# Addresses have 47 bits. Above them a pointer carries the number of the tensor that it was made from, through all
+# arithmetic: an access that leaves its tensor is seen also where it meets another one.
+_TAG = 48
+
+
+class OutOfBounds(AssertionError):
+    """A load, store or atomic outside the tensors that a kernel was given."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel."""
+
+    name: str
+    grid: tuple[int, int, int]
+
+
+@contextmanager
+def interpreted(*, seed: int | None = None, check_bounds: bool = True) -> Iterator[list[Launch]]:
+    """Interpret every launch of a @triton.jit function, and yield the list of launches so far.
+
+    Args:
+        seed: run the programs of each launch in an order drawn from it; None is the order of the grid.
+        check_bounds: raise OutOfBounds for an access outside the kernel's tensor arguments.
+
+    Raises:
+        ValueError: at a launch with a tensor that has no data on the CPU.
+    """
+    interpreter = _Interpreter(None if seed is None else random.Random(seed), check_bounds)
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        if not warmup:
+            interpreter.launch(self, grid, args, kwargs)
+
+    with _restored(JITFunction):
+        JITFunction.run = run
+        yield interpreter.launches
+
+
+class _Interpreter:
+    """Rewrites kernels to Python functions over numpy arrays, and runs them program by program."""
+
+    def __init__(self, shuffle: random.Random | None, check_bounds: bool) -> None:
+        self.shuffle, self.check_bounds = shuffle, check_bounds
+        self.launches: list[Launch] = []
+        self.functions: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+    def launch(self, kernel: JITFunction, grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        bound = kernel.signature.bind(*args, **{name: x for name, x in kwargs.items() if name in kernel.arg_names})
+        bound.apply_defaults()  # what is left out are options: num_warps, num_stages and the like
+        sizes = tuple(int(size) for size in (grid(bound.arguments) if callable(grid) else grid))
+        sizes = sizes + (1,) * (3 - len(sizes))
+        programs = list(itertools.product(*(range(size) for size in sizes)))
+        if self.shuffle:
+            self.shuffle.shuffle(programs)
+        self.launches.append(Launch(kernel.__name__, sizes))
+        builder = _Builder(kernel.__name__, self.check_bounds)
+        builder.set_grid_dim(*sizes)
+        constants = {param.name for param in kernel.params if param.is_constexpr}
+        with self._language(builder):
+            values = {
+                name: x if name in constants else builder.argument(name, x) for name, x in bound.arguments.items()
+            }
+            for program in programs:
+                builder.set_grid_idx(*program)
+                self._function(kernel)(**values)
+
+    @contextmanager
+    def _language(self, builder: _Builder) -> Iterator[None]:
+        """Make triton.language compute; while one kernel runs only, so that others can be compiled in between."""
+
+        def call(function: JITFunction, *args: Any, **kwargs: Any) -> Any:
+            return self._function(function)(*args, **kwargs)
+
+        def bind(function: JITFunction, tensor: Any, _: type) -> Any:  # x.sum(): these are JITFunctions as well
+            return function if tensor is None else types.MethodType(function, tensor)
+
+        with ExitStack() as stack:
+            stack.enter_context(_restored(*_PATCHED))
+            stack.callback(setattr, stock.interpreter_semantic, "builder", stock.interpreter_semantic.builder)
+            stack.enter_context(np.errstate(all="ignore"))  # inf and NaN come out as on a GPU, where nobody warns
+            stock.interpreter_semantic.builder = builder
+            stock._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+            for language in (tl, tl.core):
+                language.reduce, language.associative_scan = _reduce, _scan
+            JITFunction.__call__, JITFunction.__get__ = call, bind
+            yield
+
+    def _function(self, kernel: JITFunction) -> Callable[..., Any]:
+        """Return a kernel, or a function that it calls, as a Python function."""
+        # Not by the kernel itself: its hash is its source and all that it calls, and it would keep what is patched now.
+        if (function := self.functions.get(kernel.fn)) is None:
+            file, line = get_jit_fn_file_line(kernel)
+            tree = ast.fix_missing_locations(stock.ASTTransformer().visit(kernel.parse()))
+            # A copy of its names: the stock rewriter leaves its own in the kernel's module, where they hide NameErrors.
+            names = dict(kernel.get_capture_scope()) | {"interpreter_semantic": stock.interpreter_semantic}
+            exec(compile(ast.increment_lineno(tree, line - 1), file, "exec"), names)
+            function = self.functions[kernel.fn] = names[kernel.fn.__name__]
+        return function
+
+
+class _Builder(stock.InterpreterBuilder):
+    """Triton's builder over numpy arrays, with the arithmetic and the checks that it lacks."""
+
+    def __init__(self, kernel: str, check_bounds: bool) -> None:
+        super().__init__()
+        self.kernel, self.check_bounds = kernel, check_bounds
+        self.tensors: list[tuple[str, int, int]] = [("no tensor", 0, 0)]  # name, first address, the one behind the last
+
+    def argument(self, name: str, value: Any) -> Any:
+        """Return what a kernel sees of an argument. The pointer to a tensor carries the tensor's number, see _TAG."""
+        if isinstance(value, Tensor) and (value.device.type != "cpu" or type(value) not in (Tensor, nn.Parameter)):
+            got = f"a {type(value).__name__} on {value.device}"
+            raise ValueError(f"{name} is {got}: only launches on CPU tensors with data can be interpreted")
+        converted = stock._implicit_cvt(value)
+        if isinstance(value, Tensor) and self.check_bounds:
+            converted.handle.data += np.uint64(len(self.tensors) << _TAG)
+            self.tensors.append((name, *_addresses(value)))
+        return converted
+
+    def get_bf16(self, value: float) -> TensorHandle:
+        return TensorHandle(_to_bf16(np.array([value])), tl.bfloat16)
+
+    def cast_impl(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
+        source, target = src.dtype.scalar, dst_type.scalar
+        if tl.bfloat16 not in (source, target) or source == target:
+            return super().cast_impl(src, dst_type)
+        if target == tl.bfloat16:
+            return TensorHandle(_to_bf16(src.data), target)
+        return TensorHandle(_to_fp32(src.data).astype(stock._get_np_dtype(target)), target)
+
+    def create_fp_to_fp(self, src: TensorHandle, dst_type: tl.dtype, rounding_mode: Any) -> TensorHandle:
+        if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):  # with fp8, or another rounding than to nearest even
+            raise TypeError(f"a cast of {src.dtype} to {dst_type} with rounding {rounding_mode} isn't modelled")
+        return super().create_fp_to_fp(src, dst_type, rounding_mode)
+
+    def binary_op(self, lhs: TensorHandle, rhs: TensorHandle, op: Any) -> TensorHandle:
+        if lhs.dtype.scalar != tl.bfloat16:
+            return super().binary_op(lhs, rhs, op)
+        # fp32 has more than twice the bits of bf16, so rounding to it first changes no result of + - * / (Figueroa).
+        result = op(_to_fp32(lhs.data), _to_fp32(rhs.data))
+        return TensorHandle(result, tl.int1) if result.dtype == bool else TensorHandle(_to_bf16(result), tl.bfloat16)
+
+    def create_minnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+        return self.binary_op(lhs, rhs, np.fmin)
+
+    def create_maxnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
+        return self.binary_op(lhs, rhs, np.fmax)
+
+    def create_clampf(self, arg: TensorHandle, lo: TensorHandle, hi: TensorHandle, nan: Any) -> TensorHandle:
+        if nan == tl.PropagateNan.ALL:
+            return self.create_minimumf(self.create_maximumf(arg, lo), hi)
+        return self.create_minnumf(self.create_maxnumf(arg, lo), hi)
+
+    def create_fma(self, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+        if z.dtype.scalar not in (tl.bfloat16, tl.float16, tl.float32):
+            raise TypeError(f"fma of {z.dtype} isn't modelled: numpy has none that rounds once")
+        x64, y64, z64 = (
+            _to_fp32(each.data).astype(np.float64) if each.dtype.scalar == tl.bfloat16 else each.data.astype(np.float64)
+            for each in (x, y, z)
+        )
+        product = x64 * y64  # exact
+        rounded = product + z64
+        carried = rounded - product
+        rest = (product - (rounded - carried)) + (z64 - carried)  # Knuth's two-sum: rounded + rest is exact
+        return self.cast_impl(TensorHandle(_to_odd(rounded, rest), tl.float64), z.dtype.scalar)
+
+    def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, _: int) -> TensorHandle:
+        kind = a.dtype.scalar
+        if kind not in (tl.bfloat16, tl.float16, tl.float32):
+            return super().create_dot(a, b, d, precision, _)
+        if kind == tl.float32 and precision != ir.INPUT_PRECISION.IEEE:
+            raise TypeError(f"an fp32 dot in {precision} isn't modelled: pass input_precision='ieee'")
+        a32, b32 = (_to_fp32(each.data) if kind == tl.bfloat16 else each.data.astype(np.float32) for each in (a, b))
+        return TensorHandle((a32 @ b32 + d.data).astype(d.data.dtype), d.dtype.scalar)
+
+    def create_masked_load(self, ptrs: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+        return super().create_masked_load(self._checked("load", ptrs, mask), mask, *rest)
+
+    def create_masked_store(self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any) -> Any:
+        return super().create_masked_store(self._checked("store", ptrs, mask), value, mask, *rest)
+
+    def create_atomic_rmw(
+        self, op: Any, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any
+    ) -> Any:
+        return super().create_atomic_rmw(op, self._checked("atomic", ptrs, mask), value, mask, *rest)
+
+    def create_atomic_cas(self, ptrs: TensorHandle, *rest: Any) -> TensorHandle:
+        everywhere = TensorHandle(np.ones_like(ptrs.data, dtype=bool), tl.int1)
+        return super().create_atomic_cas(self._checked("atomic", ptrs, everywhere), *rest)
+
+    def _checked(self, what: str, ptrs: TensorHandle, mask: TensorHandle) -> TensorHandle:
+        """Return the pointers without their tags; raise OutOfBounds if one leaves its tensor."""
+        if not self.check_bounds:
+            return ptrs
+        address = (ptrs.data & np.uint64((1 << _TAG) - 1)).astype(np.int64)
+        number = (ptrs.data >> np.uint64(_TAG)).astype(np.int64)
+        first, end = (np.array([each[i] for each in self.tensors])[number] for i in (1, 2))
+        size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
+        outside = ((address < first) | (address + size > end)) & mask.data
+        if not outside.any():
+            return TensorHandle(address.astype(np.uint64), ptrs.dtype)
+        lane = np.flatnonzero(outside)[0]
+        at, first, end = (int(each.flat[lane]) for each in (address, first, end))
+        far = f"{first - at} bytes before" if at < first else f"{at + size - end} bytes past the end of"
+        tensor = self.tensors[number.flat[lane]][0]
+        frames = reversed(traceback.extract_stack())
+        code = next(frame for frame in frames if frame.filename != __file__ and "/triton/" not in frame.filename)
+        raise OutOfBounds(
+            f"{self.kernel}, program {self.grid_idx}: {what} of {size} bytes, {far} {tensor}, "
+            f"{outside.sum()} of {outside.size} lanes; {code.filename}:{code.lineno}: {code.line}"
+        )
+
+
+def _to_fp32(bits: np.ndarray) -> np.ndarray:
+    """Return bf16 values, held as uint16, in fp32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _to_bf16(values: np.ndarray) -> np.ndarray:
+    """Return numbers of any dtype as bf16 in uint16: rounded once, to the nearest, ties to even."""
+    if values.dtype != np.float32:
+        exact = values.astype(np.float64)
+        single = exact.astype(np.float32)
+        values = _to_odd(single, exact - single)
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
+
+
+def _to_odd(value: np.ndarray, rest: np.ndarray) -> np.ndarray:
+    """Return value + rest rounded to odd in value's dtype: rounded again, to fewer bits, it is rounded as if once.
+
+    Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums", IEEE Trans. Computers 57:462.
+    """
+    even = value.view(np.uint32 if value.dtype == np.float32 else np.uint64) & 1 == 0
+    neighbour = np.nextafter(value, np.copysign(np.inf, rest).astype(value.dtype))
+    return np.where(even & (rest != 0) & np.isfinite(value), neighbour, value)
+
+
+def _reduce(input: Any, axis: int | None, combine_fn: JITFunction, keep_dims: bool = False, **_: Any) -> Any:
+    """Like tl.reduce, along an axis at once where numpy can, else step by step for all other axes at once."""
+    inputs = input if isinstance(input, tuple) else (input,)
+    _refuse_bf16(inputs)
+    arrays = [each.handle.data for each in inputs]
+    shape = arrays[0].shape
+    if axis is None:
+        arrays, at = [array.reshape(-1) for array in arrays], 0
+    else:
+        at = axis % len(shape)
+    results = _fold(combine_fn, arrays, inputs, at)
+    if keep_dims:
+        kept = [1 if axis is None or i == at else size for i, size in enumerate(shape)]
+        results = [array.reshape(kept) for array in results]
+    tensors = tuple(_tensor(array, each.dtype) for array, each in zip(results, inputs, strict=True))
+    return tensors if isinstance(input, tuple) else tensors[0]
+
+
+def _fold(combine: JITFunction, arrays: list[np.ndarray], inputs: Sequence[Any], axis: int) -> list[np.ndarray]:
+    values, floating = arrays[0], inputs[0].dtype.is_floating()
+    standard = tl.standard
+    if combine is standard._sum_combine:
+        return [values.sum(axis)]
+    if combine is standard._elementwise_max:
+        return [(np.fmax if floating else np.maximum).reduce(values, axis)]
+    if combine is standard._elementwise_min:
+        return [(np.fmin if floating else np.minimum).reduce(values, axis)]
+    if combine in (standard._argmax_combine_tie_break_left, standard._argmin_combine_tie_break_left):
+        if floating and np.isnan(values).any():
+            raise TypeError("argmax and argmin of NaN depend on the order of a GPU's comparisons: replace NaN first")
+        find = np.argmax if combine is standard._argmax_combine_tie_break_left else np.argmin
+        best = np.expand_dims(find(values, axis), axis)  # the first: indices ascend along the axis
+        return [np.take_along_axis(array, best, axis).squeeze(axis) for array in arrays]
+    return [array.take(-1, axis) for array in _scanned(combine, arrays, inputs, axis)]
+
+
+def _scan(input: Any, axis: int, combine_fn: JITFunction, reverse: bool = False, **_: Any) -> Any:
+    """Like tl.associative_scan, for all other axes at once."""
+    inputs = input if isinstance(input, tuple) else (input,)
+    _refuse_bf16(inputs)
+    at = axis % len(inputs[0].shape)
+    arrays = [np.flip(each.handle.data, at) if reverse else each.handle.data for each in inputs]
+    if combine_fn is tl.standard._sum_combine:
+        results = [arrays[0].cumsum(at)]
+    else:
+        results = _scanned(combine_fn, arrays, inputs, at)
+    results = [np.flip(array, at) if reverse else array for array in results]
+    tensors = tuple(_tensor(array, each.dtype) for array, each in zip(results, inputs, strict=True))
+    return tensors if isinstance(input, tuple) else tensors[0]
+
+
+def _scanned(combine: JITFunction, arrays: list[np.ndarray], inputs: Sequence[Any], axis: int) -> list[np.ndarray]:
+    """Return every prefix's combination along an axis."""
+
+    def at(i: int) -> tuple[Any, ...]:
+        return tuple(_tensor(array.take(i, axis), each.dtype) for array, each in zip(arrays, inputs, strict=True))
+
+    steps = [at(0)]
+    for i in range(1, arrays[0].shape[axis]):
+        combined = combine(*steps[-1], *at(i))
+        steps.append(combined if isinstance(combined, tuple) else (combined,))
+    rest = arrays[0].shape[:axis] + arrays[0].shape[axis + 1 :]
+    columns = zip(*steps, strict=True)
+    return [
+        np.stack([np.broadcast_to(each.handle.data.reshape(rest), rest) for each in column], axis) for column in columns
+    ]
+
+
+def _refuse_bf16(inputs: Sequence[Any]) -> None:
+    if any(each.dtype == tl.bfloat16 for each in inputs):
+        raise TypeError("a reduction in bf16 depends on the order in which a GPU rounds: take it in fp32")
+
+
+def _tensor(array: np.ndarray, dtype: tl.dtype) -> Any:
+    array = np.asarray(array).astype(stock._get_np_dtype(dtype))
+    if not array.shape:
+        return tl.tensor(TensorHandle(array.reshape(1), dtype), dtype)
+    return tl.tensor(TensorHandle(array, dtype), tl.block_type(dtype, list(array.shape)))
+
+
+def _addresses(tensor: Tensor) -> tuple[int, int]:
+    """Return the first address of a tensor's elements and the one behind the last."""
+    if not tensor.numel():
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+@contextmanager
+def _restored(*namespaces: Any) -> Iterator[None]:
+    """Put back every attribute of modules and classes as it was, and remove those that were added."""
+    before = [(namespace, dict(vars(namespace))) for namespace in namespaces]
+    try:
+        yield
+    finally:
+        for namespace, attributes in before:
+            now = dict(vars(namespace))
+            for name in now.keys() - attributes.keys():
+                delattr(namespace, name)
+            for name, value in attributes.items():
+                if now.get(name) is not value:
+                    setattr(namespace, name, value)

@@ -1,0 +1,111 @@
+"""Routers are read right: what dmoe::route is told computes what the model's own router does, or it is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from dmoe_compile.passes import des, dmoe
+from dmoe_compile.passes.constrain import Layout, Settings
+from dmoe_compile.passes.fuse_experts import Reader
+from dmoe_compile.passes.fuse_route import Router, method_of, read
+from dmoe_compile.passes.sites import find_sites
+from torch import Tensor, nn
+
+import forms
+import zoo
+from dmoe_compile import prepare
+from dmoe_compile.normalise import normalise
+
+S = 8
+
+
+def routers(model: nn.Module, *args: Any, **kwargs: Any) -> list[Router | str]:
+    """Return what is read of every router of a model."""
+    found: list[Router | str] = []
+
+    def backend(gm: Any, example_inputs: Any) -> Callable[..., Any]:
+        aten, sources = normalise(gm, example_inputs)
+        names = [node.name for node in aten.graph.find_nodes(op="placeholder")]
+        reader = Reader(sources, dict(zip(names, example_inputs, strict=True)))
+        found.extend(read(site, reader) for site in find_sites(aten.graph, sources)[0])
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
+    return found
+
+
+@pytest.mark.parametrize("name", zoo.ROUTABLE)
+def test_every_router_of_transformers(name: str) -> None:
+    layers = 2 if name == "deepseek_v3" else 1  # whose first has no router
+    wanted = zoo.expected(name, layers)
+    found = routers(zoo.build(name, num_layers=layers), **zoo.inputs(name, batch=1, seq=S))
+    assert len(found) == len(wanted.names)
+    for router in found:
+        assert isinstance(router, Router), router
+        assert router.score == wanted.score_function
+        assert (router.bias is not None) == wanted.bias
+        assert (router.expert_scale is not None) == wanted.per_expert_scale
+        assert (router.groups, router.top_groups) == (wanted.groups or (1, 1))
+        weighting = "softmax" if wanted.score_function == "logits" else "renormalised"
+        assert router.weighting == (weighting if wanted.renormalised else "scores")
+        assert router.scale == (wanted.scale or 1)
+
+
+@pytest.mark.parametrize("name", ["softmax_loop", "bailing", "deepseek", "hit_loop"])
+def test_prepared_forms(name: str) -> None:
+    block = forms.build(name)
+    prepare(block)
+    (router,) = routers(block, torch.randn(2, S, forms.CONFIG["hidden_size"]))
+    assert isinstance(router, Router), router
+    form = forms.FORMS[name]
+    assert (router.score, router.bias is not None) == (form.score_function, form.bias)
+    assert router.scale == (2.5 if name == "bailing" else 1)
+
+
+class Gate(nn.Module):
+    """Experts in two matrices behind a router of which one thing is unusual."""
+
+    def __init__(self, score: Callable[[Tensor], Tensor], after: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 8, bias=False)
+        self.up = nn.Parameter(torch.randn(8, 16, 16) / 4)
+        self.score, self.after = score, after
+
+    def forward(self, x: Tensor) -> Any:
+        top, ids = self.score(self.router(x.reshape(-1, 16))).topk(2, dim=-1)
+        weights, *more = self.after(top, ids) if self.after else (top,)
+        out = torch.bmm(self.up[ids.reshape(-1)], x.reshape(-1, 1, 16).expand(-1, 2, -1).reshape(-1, 16, 1))
+        result = (out.view(-1, 2, 16) * weights.unsqueeze(-1)).sum(1).view(x.shape)
+        return (result, *more) if more else result
+
+
+REFUSED = {
+    "rounded scores": (lambda logits: logits.softmax(-1).bfloat16(), None, "rounded before they are ranked"),
+    "values returned": (lambda logits: logits.softmax(-1), lambda top, ids: (top * 2, top), "more than its experts"),
+    "soft cap": (lambda logits: (30 * (logits / 30).tanh()).softmax(-1), None, "chooses or weighs otherwise"),
+    "squared weights": (lambda logits: logits.softmax(-1), lambda top, ids: (top**2,), "chooses or weighs otherwise"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_routers_are_left_alone(name: str) -> None:
+    score, after, reason = REFUSED[name]
+    torch.manual_seed(0)
+    (router,) = routers(Gate(score, after), torch.randn(2, S, 16))
+    assert isinstance(router, str)
+    assert reason in router
+
+
+def test_methods_as_the_kernel_is_told() -> None:
+    where = Layout(None, 1, 32, None)
+    tell = lambda passes, **how: method_of(passes, where, Settings(**how), top_k=8)  # noqa: E731
+    assert tell({}) == ("own", 0.0, 0)
+    assert tell({"dmoe": dmoe.Options(0.7, 20)}) == ("dmoe", 0.7, 20)
+    assert tell({"des": des.Options("vote")}) == ("des_vote", 0.0, 36)
+    assert tell({"des": des.Options("seq")}) == ("des_seq", 0.0, 4)
+    assert tell({"dmoe": dmoe.Options()}, max_block_tokens=16) == ("own", 0.0, 0)
+    assert "cover is no method" in tell({"cover": None})

@@ -1,0 +1,149 @@
+"""Whole models on a GPU that is not there: what is launched, and that it computes what the model does.
+
+Every model is a tiny one of a published kind, with every kind of pass; see fake_gpu.py for what this can't show.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import dmoe_compile
+import zoo
+from dmoe_compile import prepare
+from fake_gpu import Generated, fake_gpu, generated
+from llada2 import LLaDA2
+
+S = 16
+PASSES: dict[str, dict[str, Any]] = {
+    "no pass": {"passes": []},
+    "dmoe": {"passes": ["dmoe"], "dmoe.min_experts": 5, "dmoe.top_p": 0.3, "block_length": S},
+    "des": {"passes": ["des"], "des.variant": "vote", "des.coreset_size": 6, "block_length": S},
+    "team": {"passes": ["team"], "block_length": S},
+    "team and dmoe": {"passes": ["team", "dmoe"], "dmoe.min_experts": 5, "dmoe.top_p": 0.3, "block_length": S},
+}
+# Sums in another order; a coreset's votes are sums too, but no two experts are that close here.
+TOLERANCE = dict(rtol=1e-3, atol=1e-4)
+
+
+def qwen3_moe() -> tuple[nn.Module, dict[str, Any]]:
+    return zoo.build("qwen3_moe", num_layers=1), zoo.inputs("qwen3_moe", batch=1, seq=S)
+
+
+def diffusion_gemma() -> tuple[nn.Module, dict[str, Any]]:
+    return zoo.build("diffusion_gemma", num_layers=1), zoo.inputs("diffusion_gemma", batch=1, seq=S)
+
+
+def llada2() -> tuple[nn.Module, dict[str, Any]]:
+    """Experts in a Python loop, a sigmoid gate with bias and groups, a shared expert, a dense first layer: prepared."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = LLaDA2(
+            vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+            first_k_dense_replace=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, use_qkv_bias=False,
+            use_bias=False, rms_norm_eps=1e-6, partial_rotary_factor=0.5, rope_theta=1e4, num_experts=16,
+            num_experts_per_tok=4, num_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+            norm_topk_prob=True,
+        ).eval()  # fmt: skip
+        for layer in model.model.layers[1:]:
+            nn.init.normal_(layer.mlp.gate.weight, std=0.4)
+    prepare(model)
+    ids = torch.randint(0, 64, (1, S), generator=torch.Generator().manual_seed(1))
+    mask, positions = torch.zeros(1, 1, S, S), torch.arange(S).unsqueeze(0)
+    return model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    "qwen3_moe": qwen3_moe, "diffusion_gemma": diffusion_gemma, "llada2": llada2,
+}  # fmt: skip
+MOE = ("_route_kernel", "_gate_up_kernel", "_down_dense_kernel")
+
+
+SITES = {"qwen3_moe": 1, "diffusion_gemma": 2, "llada2": 1}  # DiffusionGemma's: its encoder's and its decoder's
+
+
+@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model(model: str, passes: str) -> None:
+    """What is generated for it; and that, interpreted, it computes what the same passes do on a CPU."""
+    module, inputs = MODELS[model]()
+    options = PASSES[passes]
+    team = "team" in options["passes"]
+    decoded = torch.arange(S).unsqueeze(0) % 2 == 0
+    compiled = torch.compile(module, backend="dmoe", options=options, fullgraph=True)
+    with fake_gpu(), dmoe_compile.denoising() as context:
+        if team:
+            context.step(shape=(1, S))
+        found = generated(compiled, **inputs)
+    check_code(found, SITES[model], team)
+
+    def steps(call: Callable[[], Any]) -> list[Tensor]:
+        """The first step of a block, and with TEAM one in which half of the tokens are decoded."""
+        with torch.no_grad(), dmoe_compile.denoising() as context:
+            outs = []
+            for mask in (None, decoded) if team else (None,):
+                if team:
+                    context.step(mask, shape=(1, S))
+                outs.append(call().logits)
+            return outs
+
+    own = torch.compile(module, backend="dmoe", options={**options, "experts": False}, fullgraph=True)
+    wanted = steps(lambda: own(**inputs))
+    for out, want in zip(steps(lambda: found.run(**inputs, seed=1)), wanted, strict=True):
+        assert_close(out, want, **TOLERANCE)
+
+
+def check_code(found: Generated, sites: int, team: bool) -> None:
+    """Three launches a layer, and one more in a step of TEAM, which alone writes to what it was given.
+
+    No weight is copied, nothing is in double precision, nothing waits for the host, and all of it is one CUDA graph.
+    """
+    for number, graph in enumerate(found.graphs):
+        is_step = team and number == 0
+        user = [re.sub(r"_\d+$", "", launch.name) for launch in graph.launches if launch.kind == "user"]
+        assert user == [*MOE, *(["_reuse_kernel"] if is_step else [])] * sites
+        assert not [launch.name for launch in graph.launches if "grouped" in launch.name or launch.kind == "cpp"]
+        assert [each.origin for each in graph.mutated] == [f"dmoe_stored_{i}" for i in range(sites)] * is_step
+    assert len(found.graphs) == 1 + team
+    assert not found.copies()
+    assert not found.fp64
+    assert not found.host_syncs
+    assert not found.cudagraph_reasons
+
+
+@pytest.mark.parametrize("capability", [80, 100])
+def test_other_gpus(capability: Any) -> None:
+    module, inputs = qwen3_moe()
+    with fake_gpu(capability):
+        found = generated(torch.compile(module, backend="dmoe", fullgraph=True), **inputs)
+    check_code(found, 1, team=False)
+
+
+def test_the_sum_of_partials_is_fused_with_what_follows() -> None:
+    """One kernel between the experts' last launch and the next matmul: sum, residual and norm."""
+    module, inputs = qwen3_moe()
+    with fake_gpu():
+        found = generated(torch.compile(module, backend="dmoe", fullgraph=True), **inputs)
+    names = [launch.name for launch in found.launches]
+    (last,) = (i for i, name in enumerate(names) if "_down_dense_kernel" in name)
+    assert [launch.kind for launch in found.launches[last + 1 : last + 3]] == ["inductor", "extern"]
+
+
+def test_long_forwards_keep_the_models_own_experts() -> None:
+    module, _ = qwen3_moe()
+    with fake_gpu():
+        found = generated(torch.compile(module.model.layers[0].mlp, backend="dmoe"), torch.zeros(1, 1032, zoo.HIDDEN))
+    assert not [launch for launch in found.launches if launch.kind == "user"]
+
+
+def test_experts_false_leaves_the_gpu_to_inductor() -> None:
+    module, inputs = qwen3_moe()
+    with fake_gpu():
+        found = generated(torch.compile(module, backend="dmoe", options={"experts": False}), **inputs)
+    assert not [launch for launch in found.launches if launch.kind == "user"]
