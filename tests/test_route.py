@@ -346,7 +346,7 @@ def test_negative_scores(method: str) -> None:
 # Ties, NaN, infinity.
 
 
-@pytest.mark.parametrize("method", METHODS.keys() - {"seq, more than k"})  # whose rule has a torch.topk of its own
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "seq, more than k"])  # whose rule has a torch.topk
 @pytest.mark.parametrize("levels", [1, 2, 5])
 def test_a_tie_goes_to_the_lower_expert(levels: int, method: str) -> None:
     case = Case(top_k=4, score="logits", weighting="softmax", seq=17).named(method)
