@@ -24,7 +24,7 @@ from dmoe_compile.passes.fuse_experts import SYMBOLIC, Reader
 from dmoe_compile.passes.inline import between
 from dmoe_compile.passes.policies import find_policy, policy_names
 from dmoe_compile.passes.region import Region, cut, made_up, scalars
-from dmoe_compile.passes.sites import Site, shape
+from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 
 aten = torch.ops.aten
@@ -70,7 +70,8 @@ def read(site: Site, reader: Reader) -> Router | str:
     after = tuple(leaf for leaf in region.leaves if leaf not in before)
     if region.symbolic:
         return SYMBOLIC
-    if any(shape(leaf) != (site.num_experts,) for leaf in region.leaves) or max(len(before), len(after)) > 1:
+    sizes = {leaf.meta["val"].numel() for leaf in region.leaves}  # of ERNIE's bias, [1, E]
+    if sizes - {site.num_experts} or max(len(before), len(after)) > 1:
         return "its router reads more than logits, one bias and one scale for each expert"
     key = f"router\n{region.key}"
     readings = list(_readings(site, region, next(iter(before), None), next(iter(after), None)))
@@ -144,11 +145,8 @@ class _Route:
 
     def __call__(self, logits: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
         rest = iter(operands)
-        bias, scale, roles = (next(rest) if here else None for here in self.given)
-        flat = None if roles is None else roles.reshape(-1)
-        results: tuple[Tensor, ...] = torch.ops.dmoe.route(
-            logits.reshape(-1, logits.shape[-1]), bias, scale, flat, *self.form
-        )
+        flat = [next(rest).reshape(-1) if here else None for here in self.given]
+        results: tuple[Tensor, ...] = torch.ops.dmoe.route(logits.reshape(-1, logits.shape[-1]), *flat, *self.form)
         return results
 
 
@@ -228,7 +226,7 @@ def routed(
     elif router.weighting == "renormalised":
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights * router.scale
-    return ids, weights if expert_scale is None else weights * expert_scale.float()[ids]
+    return ids, weights if expert_scale is None else weights * expert_scale.float().reshape(-1)[ids]
 
 
 def _distinct_logits(size: Sequence[int], generator: torch.Generator) -> Tensor:

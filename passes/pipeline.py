@@ -256,7 +256,8 @@ def _count(findings: Findings) -> None:
     counters["dmoe"]["sites"] += len(findings.outcomes)
     counters["dmoe"]["sites_rewritten"] += findings.rewritten
     counters["dmoe"]["refused"] += len(findings.refusals)
-    counters["dmoe"]["experts_fused"] += findings.fused
+    if findings.fused:
+        counters["dmoe"]["experts_fused"] += findings.fused
     for outcome in findings.outcomes:
         site = outcome.site
         what = "rewritten" if outcome.rewritten else f"left alone: {outcome.reason}"
