@@ -45,7 +45,7 @@ SHAPES = {
     "LLaDA-MoE-7B": Shape(2048, 1024, 64, 8, 32),
     "DiffusionGemma-26B": Shape(2816, 704, 128, 8, 256),
 }
-TINY = Shape(64, 32, 16, 4, 16)
+TINY = Shape(64, 32, 64, 4, 16)
 # The options of backend="dmoe" by the way's name; None is Inductor, which every other way is held against.
 WAYS: dict[str, dict[str, Any] | None] = {
     "inductor": None,
