@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch._dynamo.device_interface as device_interface
 import torch._inductor.fx_passes.joint_graph as joint_graph
+import torch._inductor.fx_passes.post_grad as post_grad
 import torch._inductor.utils as inductor_utils
 import torch.utils._triton as triton_utils
 import triton
@@ -134,6 +135,9 @@ def fake_gpu(capability: Capability = 90) -> Iterator[None]:
         "_maybe_exchange_device": 0,
     }
     interface, lazy_init = device_interface.CudaInterface, joint_graph.lazy_init
+    # Inductor makes its patterns once in a process: by what it sees then, which must be that there is no GPU.
+    lazy_init(_CPU)
+    post_grad.lazy_init()
     with contextlib.ExitStack() as stack:
         put = functools.partial(_put, stack)
         put(torch.version, "cuda", "13.0")
