@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,11 +21,12 @@ import torch
 from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, describe
 from dmoe_compile.passes.cost import GPUS, reading_limits
 from dmoe_compile.passes.fuse_experts import SYMBOLIC, Bank, Fused, Reader, fuse
-from dmoe_compile.passes.fuse_route import Routed, method_of, read, route
+from dmoe_compile.passes.fuse_route import Routed, Router, method_of, read, route
 from dmoe_compile.passes.limit import DECODED
 from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 
+log = logging.getLogger(__name__)
 _KERNELS = ("route", "experts", "reuse")  # they import Triton, which CPU builds of torch do not bring
 MAX_TOKENS = 1024  # of a forward that the fused kernels take; what kernels/route.py holds
 
@@ -51,12 +53,21 @@ class Lowering:
         Raises:
             NotFusedError: where experts=True asks for what can't be had.
         """
-        found = self._reason(site) or self.reader.read(site)
+        found: Bank | str = self._reason(site) or self._tried(self.reader.read, site)
         if self.experts is True and isinstance(found, str):
             raise NotFusedError(
                 f"experts=True, but {site.name} can't have the fused kernel: {found}; use experts='auto'"
             )
         return found
+
+    def _tried(self, reading: Callable[..., Any], *args: Any) -> Any:
+        """Return what was read; whatever goes wrong in a check, memory that is short too, is a reason to leave it."""
+        try:
+            with torch._C._DisableAutocast():
+                return reading(*args)
+        except Exception as error:
+            log.debug("why it can't be checked", exc_info=True)
+            return f"it can't be checked ({type(error).__name__}: {error})"
 
     def _reason(self, site: Site) -> str:
         """Return why a site keeps its own experts whatever they are, "" where it need not."""
@@ -94,7 +105,7 @@ class Lowering:
         if site.combine.meta["val"].device.type == "cpu":
             return "there is no fused routing on CPUs"
         method = method_of(passes, where, settings, site.top_k)
-        router = read(site, self.reader)
+        router: Router | str = self._tried(read, site, self.reader)
         for answer in (method, router):
             if isinstance(answer, str):
                 return answer
@@ -164,7 +175,8 @@ class _Unrouted:
     num_experts: int
 
     def __call__(self, ids: Tensor, roles: Tensor) -> Tensor:
-        return torch.where((roles >= DECODED).reshape(*ids.shape[:-1], 1), self.num_experts, ids)
+        away = (roles >= DECODED).reshape(-1, 1)
+        return torch.where(away, self.num_experts, ids.reshape(away.shape[0], -1)).reshape(ids.shape)
 
 
 def target_of(device: torch.device) -> str:

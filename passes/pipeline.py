@@ -167,7 +167,7 @@ class _Router:
 
     def _route(self, site: Site, where: Layout, passes: Mapping[str, Any], *, fused: bool) -> Outcome:
         """Run the selected coreset method on one site, in the fused kernel if that takes it."""
-        if fused and self.lowering is not None and "top_any" not in passes:
+        if fused and self.lowering is not None and "top_any" not in self.passes:
             done = self.lowering.route(self.graph, site, where, passes, self.settings, self.tracer)
             if not isinstance(done, str):
                 outcome, self.routed[site.select] = done
@@ -193,11 +193,14 @@ def _fuse_all(
 ) -> list[Fused | None]:
     """Put the fused experts in at the sites whose bank was read."""
     results: list[Fused | None] = []
+    replaced: dict[fx.Node, fx.Node] = {}  # what one site makes may be what the next one reads
     for i, (outcome, where, bank) in enumerate(zip(findings.outcomes, findings.layouts, banks, strict=True)):
         fused = None
         if isinstance(bank, Bank):
             routed = findings.routed.get(outcome.site.select)
+            bank = replace(bank, hidden=replaced.get(bank.hidden, bank.hidden))
             site, fused = lowering.fuse(graph, outcome.site, bank, routed, where, tracer, dropped=dropped)
+            replaced[outcome.site.combine] = fused.combine
             findings.outcomes[i] = replace(outcome, site=site)
         results.append(fused)
     return results

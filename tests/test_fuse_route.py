@@ -100,6 +100,30 @@ def test_other_routers_are_left_alone(name: str) -> None:
     assert reason in router
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_soft_cap_shows_in_any_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    capped = Gate(lambda logits: (30 * (logits.float() / 30).tanh()).softmax(-1), lambda top, ids: (top.to(dtype),))
+    (router,) = routers(capped.to(dtype), torch.randn(2, S, 16, dtype=dtype))
+    assert isinstance(router, str)
+    assert "chooses or weighs otherwise" in router
+
+
+def test_groups_are_read_right_from_two_tokens() -> None:
+    """What they choose is often the same whether groups are ranked by their best or by their best two."""
+    (router,) = routers(zoo.build("deepseek_v3", num_layers=2), **zoo.inputs("deepseek_v3", batch=1, seq=2))
+    assert isinstance(router, Router), router
+    assert router.group_score == "top2"
+
+
+def test_a_bias_that_also_weighs_is_no_selection_bias() -> None:
+    torch.manual_seed(0)
+    gate = Gate(lambda logits: logits.sigmoid() + gate.bias, None)
+    gate.bias = nn.Parameter(torch.zeros(8))  # zeros tell nothing
+    (router,) = routers(gate, torch.randn(2, S, 16))
+    assert isinstance(router, str)
+
+
 def test_methods_as_the_kernel_is_told() -> None:
     where = Layout(None, 1, 32, None)
     tell = lambda passes, **how: method_of(passes, where, Settings(**how), top_k=8)  # noqa: E731
