@@ -265,7 +265,10 @@ def _count(findings: Findings) -> None:
         site = outcome.site
         what = "rewritten" if outcome.rewritten else f"left alone: {outcome.reason}"
         log.info("%s: %d of %d experts by %s: %s", site.name, site.top_k, site.num_experts, site.score_function, what)
-        log.info("%s: experts: %s", site.name, f"its own: {outcome.own_experts}" if outcome.own_experts else "fused")
+        if outcome.own_experts:
+            log.debug("%s: its own experts: %s", site.name, outcome.own_experts)
+        else:
+            log.info("%s: experts: fused", site.name)
         log.debug("%s: %s", site.name, outcome)
     for refusal in findings.refusals:
         log.info("%s: refused: %s", refusal.name, refusal.reason)

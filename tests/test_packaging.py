@@ -122,7 +122,8 @@ def _imports(folder: str) -> set[str]:
 def test_every_package_we_import_is_declared():
     imported = {name.partition(".")[0] for folder in SOURCES for name in _imports(folder)}
     ours_or_torch_s = {"dmoe_compile", "triton"}  # CUDA builds of torch bring the one triton that fits them
-    assert imported - sys.stdlib_module_names - ours_or_torch_s <= {req.name for req in RUNTIME}
+    if_there = {"vllm"}  # which `dmoe bench gpu` then measures too
+    assert imported - sys.stdlib_module_names - ours_or_torch_s - if_there <= {req.name for req in RUNTIME}
 
 
 @pytest.mark.parametrize(("folder", "below"), [("passes", ["passes", "kernels"]), ("kernels", ["kernels"])])
