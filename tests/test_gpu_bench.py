@@ -25,7 +25,7 @@ def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_what_there_is_instead() -> None:
-    with pytest.raises(ValueError, match=r"sees no GPU; .*gpu-model"):
+    with pytest.raises(ValueError, match=r"sees no GPU; install"):
         Settings()
 
 
