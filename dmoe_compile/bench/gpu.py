@@ -77,8 +77,8 @@ class Settings:
                 raise ValueError(f"shapes has {name!r}, but must be of: {', '.join([*SHAPES, 'tiny'])}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError(
-                "device is cuda, but this torch sees no GPU; install a CUDA or ROCm build on a machine with one. What was "
-                "shown without is in docs/gpu.md"
+                "device is cuda, but this torch sees no GPU; install a CUDA or ROCm build on a machine with one. What "
+                "was shown without is in docs/gpu.md"
             )
 
 
