@@ -34,14 +34,13 @@ class Machine:
     tflop_per_s: float
 
 
-# What vendors state for HBM and for dense bf16 matrix units: A100 80 GB SXM, H100 SXM, B200, MI300X; H200 beside them.
+# What vendors state for HBM and for dense bf16 matrix units: A100 80 GB SXM, H100 SXM, B200, MI300X.
 GPUS = {
     "sm_80": Machine(2039, 312),
     "sm_90": Machine(3350, 989),
     "sm_100": Machine(8000, 2250),
     "gfx942": Machine(5300, 1307),
 }
-H200 = Machine(4800, 989)  # sm_90 too
 
 
 @dataclass(frozen=True)

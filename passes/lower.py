@@ -2,7 +2,7 @@
 
     experts="auto"   where there is a kernel, it takes the layer, and reading weights is what limits the layer
     experts=True     the same, and a layer that can't have it is an error that says why
-    experts=False    nowhere: the model's own code
+    experts=False    nowhere: there is no Lowering then
 
 On GPUs the kernels are Triton's, for up to 1,024 tokens of a forward: longer ones are prefill, which matrix
 multiplication limits. On CPUs there is only a plain one, which "auto" does not take.
@@ -45,7 +45,7 @@ class Lowering:
     """
 
     reader: Reader
-    experts: bool | Literal["auto"]
+    experts: Literal[True, "auto"]
 
     def bank(self, site: Site) -> Bank | str:
         """Return what the fused experts take of a site, or why it keeps its own code.
@@ -71,8 +71,6 @@ class Lowering:
 
     def _reason(self, site: Site) -> str:
         """Return why a site keeps its own experts whatever they are, "" where it need not."""
-        if self.experts is False:
-            return "experts=False"
         value = site.combine.meta["val"]
         if value.device.type == "cpu":
             return "" if self.experts is True else "on a CPU the fused op is plain PyTorch, which is no faster"

@@ -1,9 +1,9 @@
 """One mixture-of-experts block on a GPU at published widths: what users have against the fused kernels.
 
 A row is one way to run a block (router, experts, combine) of a published shape in bf16, on random tokens of one block
-of denoised tokens. Logits are spread as published routers spread theirs, so that the model's own routing uses about
-as many unique experts as is published. Ways are timed in turn, by CUDA events around single calls, and each is held
-against the eager block before it is timed.
+of denoised tokens. Tokens have much in common, as those of a trained model have; the column `unique` says how
+many experts they use. Ways are timed in turn, by CUDA events around single calls; those that choose the
+model's own experts are held against the eager block before they are timed.
 
     fraction   the least time in which the experts that were used can be read, at the bandwidth measured in this run,
                as a share of the time taken
@@ -54,7 +54,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "dmoe 0.8": {"experts": True, "passes": ["dmoe"], "dmoe.top_p": 0.8},
     "des vote": {"experts": True, "passes": ["des"], "des.variant": "vote"},
 }
-_COMMON = 0.6  # share of the logits' variance that a block's tokens have in common: 256 experts, 8 a token: about 70
+_COMMON = 0.6  # share of the variance that a block's tokens have in common
 _SPREAD = 2.0
 _TOLERANCE = 0.03  # root mean square, relative: bf16 rounds each expert's result once more or less
 
