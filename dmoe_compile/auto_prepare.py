@@ -71,7 +71,7 @@ def _asks_for_prepared(options: Mapping[str, Any] | None) -> Config | None:
         config = Config.from_options(options)
     except ValueError:
         return None  # which the backend raises where the user sees it
-    return config if config.passes or config.stats else None
+    return config if config.wants_traceable else None
 
 
 def prepare_or_say(model: nn.Module, config: Config, known: WeakSet[nn.Module] | None = None) -> list[str]:

@@ -11,6 +11,7 @@ compile it, with one warning that says why.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
@@ -46,6 +47,7 @@ from dmoe_compile.stepwise import Stepwise
 log = logging.getLogger(__name__)
 
 _JOINT = {"use_joint_graph_passes": True, "selective_decompose": False}  # mode "lite" would skip the pass
+_SELECTING = {"topk", "sort", "argmax", "max"}  # what every router does by one of; see passes/sites.py
 _MAX_NOTICES = 256  # torch.compile() calls whose warnings are remembered
 _notices: OrderedDict[int, Notices] = OrderedDict()
 
@@ -69,11 +71,12 @@ def dmoe(
         ValueError: for an option that Config refuses.
     """
     config = Config.from_options(options)
-    mode = mode or config.mode
-    patches = {**_mode_options(mode), **config.inductor}
-    if not config.passes and not config.stats and not _may_fuse(example_inputs, config):
+    config = dataclasses.replace(config, mode=mode or config.mode)
+    patches = {**_mode_options(config.mode), **config.inductor}
+    if not config.passes and not config.stats:
         _say_how_to_select()
-        return _inductor(gm, example_inputs, patches)
+        if not _may_fuse(gm, example_inputs, config):
+            return _inductor(gm, example_inputs, patches)
     if _needs_gradient(example_inputs):
         if config.experts is True:
             raise ValueError(
@@ -106,7 +109,7 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
     if twice := sorted(base.keys() & given.keys()):
         raise ValueError(f"{', '.join(twice)}: given in config and as an argument; give each once")
     merged = Config.from_options({**base, **given})
-    if (merged.passes or merged.stats) and isinstance(model, torch.nn.Module):
+    if merged.wants_traceable and isinstance(model, torch.nn.Module):
         for message in auto_prepare.prepare_or_say(model, merged):
             log.warning("%s", message)
     return torch.compile(model, backend="dmoe", options=merged.to_options() or None, **torch_compile_kwargs)
@@ -171,6 +174,8 @@ def rewrite(
     _trace_artifact("dmoe_graph_after", aten)
     if config.passes:
         notices.take(gm, findings, config)
+    if config.experts is True and not findings.outcomes:
+        notices.warn("experts=True, but there is no mixture-of-experts layer in a graph, which stays as it is")
     return aten, findings
 
 
@@ -182,7 +187,8 @@ def _lowering(
         return None
     names = [node.name for node in aten.graph.find_nodes(op="placeholder")]
     values = fuse_experts.seen(dict(zip(names, example_inputs, strict=True)))
-    return Lowering(fuse_experts.Reader(sources, values, config.verify_experts, known), config.experts)
+    reader = fuse_experts.Reader(sources, values, config.verify_experts, known)
+    return Lowering(reader, config.experts, _autotunes(config))
 
 
 def _compile_inference(
@@ -312,11 +318,24 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[s
     return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[return-value]
 
 
-def _may_fuse(example_inputs: Sequence[Any], config: Config) -> bool:
-    """Say whether a graph may get fused kernels where no pass is selected."""
+def _autotunes(config: Config) -> bool:
+    """Say whether Inductor is asked to time what it chooses: our kernels follow it."""
+    from torch._inductor import config as inductor_config
+
+    options = {**_mode_options(config.mode), **config.inductor}
+    return bool(options.get("max_autotune", inductor_config.max_autotune))
+
+
+def _may_fuse(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> bool:
+    """Say whether a graph may get fused kernels where no pass is selected; one without a router is not looked at."""
     if config.experts != "auto":
         return config.experts
-    return any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in example_inputs)
+    if _needs_gradient(example_inputs):
+        return False
+    names = {
+        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "") for node in gm.graph.nodes
+    }
+    return not names.isdisjoint(_SELECTING)
 
 
 def _needs_gradient(example_inputs: Sequence[Any]) -> bool:

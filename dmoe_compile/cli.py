@@ -232,6 +232,28 @@ def decoding(
 
 
 @bench.command()
+def layer(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    coreset: Annotated[int, typer.Option(help="Smallest coreset of the dmoe pass.")] = 15,
+    calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 20,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """A whole decoder layer at published widths on this CPU: Inductor against the passes and the expert kernel."""
+    with _usage_errors(json):
+        from dmoe_compile.bench import layer as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        names = tuple(figure.SHAPES) if shapes is None else tuple(name.strip() for name in shapes.split(","))
+        settings = figure.Settings(names, coreset, calls, dtype, threads)
+    with _progress() as progress:
+        rows = figure.run(settings, progress)
+    _show(figure.table(rows), rows, json, figure.remarks(rows))
+
+
+@bench.command()
 def prepare(
     layers: Annotated[float, typer.Option(help="Share of each model's layers.")] = 1.0,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds for plain Inductor on each model.")] = 300.0,
@@ -251,6 +273,31 @@ def prepare(
 
 
 @bench.command()
+def experts(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "32,64,128,256",
+    distinct: Annotated[str, typer.Option(help="Experts that tokens are routed to; 0 for any.")] = "0,70,40,15,8",
+    dtypes: Annotated[str, typer.Option(help="bfloat16, float32.")] = "bfloat16,float32",
+    calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 20,
+    isa: Annotated[str | None, typer.Option(help="avx512_bf16, avx512, avx2 or portable; the best by default.")] = None,
+    inductor: Annotated[bool, typer.Option(help="Also compile grouped_mm, for each row.")] = True,
+    json: Json = None,
+) -> None:
+    """The experts of one layer on the CPU: the kernel, grouped_mm, a loop, and the machine's own limits."""
+    with _usage_errors(json):
+        from dmoe_compile.bench import experts as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        names = figure.NAMES if shapes is None else [name.strip() for name in shapes.split(",")]
+        rows, used = (tuple(int(number) for number in text.split(",")) for text in (tokens, distinct))
+        settings = figure.Settings(tuple(names), rows, used, tuple(dtypes.split(",")), calls, isa, inductor)
+    with _progress() as progress:
+        found = figure.run(settings, progress)
+    _show(figure.table(found), found, json, figure.summary(found))
+
+
+@bench.command()
 def gpu(
     shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
     calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 100,
@@ -262,6 +309,24 @@ def gpu(
 
         names = tuple(figure.SHAPES) if shapes is None else tuple(name.strip() for name in shapes.split(","))
         settings = figure.Settings(names, calls)
+    with _progress() as progress:
+        rows = figure.run(settings, progress)
+    _show(figure.table(rows), rows, json)
+
+
+@bench.command("gpu-model")
+def gpu_model(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    bandwidth_share: Annotated[float, typer.Option(help="Assumed: of the vendor's bandwidth that is reached.")] = 0.8,
+    launch_us: Annotated[float, typer.Option(help="Assumed: microseconds that a launch costs.")] = 1.5,
+    json: Json = None,
+) -> None:
+    """Bytes and launches of one MoE block, counted in the code generated for a GPU; takes no GPU, measures no time."""
+    with _usage_errors(json):
+        from dmoe_compile.bench import gpu_model as figure
+
+        names = tuple(figure.SHAPES) if shapes is None else tuple(name.strip() for name in shapes.split(","))
+        settings = figure.Settings(names, bandwidth_share=bandwidth_share, launch_us=launch_us)
     with _progress() as progress:
         rows = figure.run(settings, progress)
     _show(figure.table(rows), rows, json)

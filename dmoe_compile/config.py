@@ -43,7 +43,8 @@ class Config:
         verify_experts: hold what was read of a layer's experts against what they compute, before a fused kernel takes
             their place.
         stats: record unique experts per site and forward, see routing_stats().
-        auto_prepare: make experts in Python loops traceable, see prepare(), when a pass or `stats` needs them.
+        auto_prepare: make experts in Python loops traceable, see prepare(), when a pass, `stats` or experts=True
+            needs them.
         mode: torch.compile's mode; torch forbids its own `mode=` together with `options=`.
         policies: options of a pass by its name; passes that are not named here run with their defaults.
         inductor: Inductor options (``torch._inductor.list_options()``), handed on as they are.
@@ -99,6 +100,11 @@ class Config:
     def auto(self) -> Any:
         """Options of "auto", None where it is not selected."""
         return self._options_of("auto") if "auto" in self.passes else None
+
+    @property
+    def wants_traceable(self) -> bool:
+        """Whether something is asked for that experts in a Python loop can't have."""
+        return bool(self.passes or self.stats or self.experts is True)
 
     def _options_of(self, name: str) -> Any:
         return self.policies.get(name) or pass_options(name)()

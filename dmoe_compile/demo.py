@@ -2,10 +2,11 @@
 
 E = routed experts in a layer, k = experts a token, L = tokens of a canvas (the block that shares a coreset).
 
-Four decodings of one prompt start from the same seed:
+Five decodings of one prompt start from the same seed:
 
     inductor     torch.compile(model.forward): the baseline
-    dmoe         the same with backend="dmoe" and the dMoE rule; the two are timed in turn
+    kernel       the same with backend="dmoe" and no pass: the model's own experts, by the fused kernel
+    dmoe         and with the dMoE rule; the three are timed in turn
     counted      as dmoe, and counting unique experts ("after"); not timed, because counting is work
     all experts  as counted, with a coreset of all E experts: must give Inductor's tokens, and so counts "before"
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from rich.table import Table
     from transformers import DiffusionGemmaForBlockDiffusion
 
-TIMED = ("inductor", "dmoe")
+TIMED = ("inductor", "kernel", "dmoe")
 TOP_P = 0.6
 MIN_EXPERTS = 16
 _PROMPT_TOKENS = 16
@@ -137,13 +138,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Result:
-    """What run() found. `tokens_equal`: the all-experts coreset gave Inductor's tokens."""
+    """What run() found, timings by way. `tokens_equal`: the all-experts coreset gave Inductor's tokens."""
 
     settings: Settings
     env: Row
     layers: list[Layer]
-    inductor: Timing
-    dmoe: Timing
+    timings: dict[str, Timing]
     tokens_equal: bool
 
     def bytes_per_forward(self) -> tuple[float, float]:
@@ -156,7 +156,8 @@ class Result:
         before, after = self.bytes_per_forward()
         common = asdict(self.settings) | self.env  # in this order: threads=None becomes the number that ran
         rows: list[Row] = [{"kind": "layer", **asdict(layer)} for layer in self.layers]
-        for provider, timing, num_bytes in (("inductor", self.inductor, before), ("dmoe", self.dmoe, after)):
+        for provider, timing in self.timings.items():
+            num_bytes = after if provider == "dmoe" else before
             medians = {"wall_s_median": median(timing.wall_s), "decoder_s_median": median(timing.decoder_s)}
             predicted = {"predicted_expert_bytes_per_forward": round(num_bytes)}
             rows.append({"kind": "decoding", "provider": provider, **asdict(timing), **medians, **predicted})
@@ -173,22 +174,30 @@ class Result:
         )
         title = f"DiffusionGemma, {self.settings.size}: {shape}"
         table = Table(
-            "", "stock Inductor", "dmoe", "change", title=title, caption=self._caption(), caption_justify="left"
+            "",
+            "stock Inductor",
+            "kernel",
+            "dmoe",
+            "change",
+            title=title,
+            caption=self._caption(),
+            caption_justify="left",
         )
         for column in table.columns[1:]:
             column.justify = "right"
-        table.add_row("forwards of the decoder", str(self.inductor.forwards), str(self.dmoe.forwards))
+        table.add_row("forwards of the decoder", *(str(self.timings[way].forwards) for way in TIMED))
         for layer in self.layers:
             label = f"unique experts, {layer.name.removeprefix('model.')}"
-            table.add_row(label, *_compare((layer.unique_before, layer.unique_after), "{:.1f}"))
-        megabytes = [num_bytes / 1e6 for num_bytes in self.bytes_per_forward()]
-        table.add_row("expert MB a forward reads (predicted)", *_compare(megabytes, "{:.1f}"))
-        wall = [1e3 * median(timing.wall_s) for timing in (self.inductor, self.dmoe)]
+            table.add_row(label, *_compare((layer.unique_before, layer.unique_before, layer.unique_after), "{:.1f}"))
+        before, after = (num_bytes / 1e6 for num_bytes in self.bytes_per_forward())
+        table.add_row("expert MB a forward reads (predicted)", *_compare((before, before, after), "{:.1f}"))
+        timings = [self.timings[way] for way in TIMED]
+        wall = [1e3 * median(timing.wall_s) for timing in timings]
         table.add_row("generate(), ms (measured)", *_compare(wall, "{:.1f}"))
-        decoder = [1e3 * median(t.decoder_s) / t.forwards for t in (self.inductor, self.dmoe)]
+        decoder = [1e3 * median(t.decoder_s) / t.forwards for t in timings]
         table.add_row("one forward, ms (measured)", *_compare(decoder, "{:.2f}"))
         verdict = "yes" if self.tokens_equal else "NO"
-        table.add_row("same tokens if coreset = all experts", "", verdict)
+        table.add_row("same tokens if coreset = all experts", "", "", verdict)
         return table
 
     def _caption(self) -> str:
@@ -196,13 +205,14 @@ class Result:
         return (
             f"Measured: forwards, unique experts (mean over forwards), times ({repeats}). Predicted: bytes = unique "
             "experts x bytes of an expert. Random weights; router rows are rescaled so that some experts are more "
-            f"popular than others, as in a trained model. dmoe.top_p={TOP_P}, dmoe.min_experts={MIN_EXPERTS}.\n"
+            f"popular than others, as in a trained model. dmoe.top_p={TOP_P}, dmoe.min_experts={MIN_EXPERTS}. "
+            "kernel: no pass, the same experts by the fused kernel.\n"
             f"{describe(self.env)}"
         )
 
 
 def run(settings: Settings, progress: Progress | None = None) -> Result:
-    """Decode in all four ways, time two of them in turn, and return what was counted and timed."""
+    """Decode in all five ways, time three of them in turn, and return what was counted and timed."""
     with _threads(settings.threads):
         model = build(SIZES[settings.size], settings.seed)
         decoders = {way: _Decoder(model, settings, options) for way, options in _ways(model).items()}
@@ -222,8 +232,7 @@ def run(settings: Settings, progress: Progress | None = None) -> Result:
             settings,
             environment(),
             _layers(model, unique["all experts"], unique["counted"]),
-            inductor=decoders["inductor"].timing,
-            dmoe=decoders["dmoe"].timing,
+            {way: decoders[way].timing for way in TIMED},
             tokens_equal=torch.equal(tokens["all experts"], tokens["inductor"]),
         )
 
@@ -252,7 +261,8 @@ def _ways(model: DiffusionGemmaForBlockDiffusion) -> dict[str, Row | None]:
     rule = {"passes": ["dmoe"], "block_length": model.config.canvas_length, "dmoe.top_p": TOP_P}
     lossy = rule | {"dmoe.min_experts": MIN_EXPERTS}
     all_experts = rule | {"dmoe.min_experts": model.config.text_config.num_experts, "experts": False, "stats": True}
-    return {"inductor": None, "dmoe": lossy, "counted": lossy | {"stats": True}, "all experts": all_experts}
+    counted = lossy | {"stats": True}
+    return {"inductor": None, "kernel": {}, "dmoe": lossy, "counted": counted, "all experts": all_experts}
 
 
 def _prompt(model: DiffusionGemmaForBlockDiffusion, seed: int) -> Tensor:
@@ -286,10 +296,9 @@ def _layers(
     return found
 
 
-def _compare(pair: Sequence[float], form: str) -> tuple[str, str, str]:
-    """Return the cells of two values, before and after, and of the change between them."""
-    before, after = pair
-    return form.format(before), form.format(after), f"{after / before - 1:+.1%}"
+def _compare(values: Sequence[float], form: str) -> list[str]:
+    """Return the cells of values, and of the change from the first to the last."""
+    return [*(form.format(value) for value in values), f"{values[-1] / values[0] - 1:+.1%}"]
 
 
 @contextmanager

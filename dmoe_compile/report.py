@@ -35,6 +35,8 @@ class SiteReport:
         groups: (groups, groups a token keeps) of a group-limited router, None without.
         renormalised: whether a token's k weights are divided by their sum.
         experts: how the experts are computed ("grouped_mm", "batched_mm", or the op's name).
+        fused: whether the fused kernel computes the experts when compiled under torch.no_grad().
+        own_experts: why the model's own code computes them, "" where that is the fused kernel.
         expert_bytes: bytes of one expert's weights.
         tokens: tokens of the forward, B*S; None where symbolic.
         tokens_per_block: tokens that share a coreset; None where the site was left alone.
@@ -53,6 +55,8 @@ class SiteReport:
     groups: tuple[int, int] | None
     renormalised: bool
     experts: str
+    fused: bool
+    own_experts: str
     expert_bytes: int
     tokens: int | None
     tokens_per_block: int | None
@@ -110,6 +114,7 @@ class Report:
                 f"    {experts} experts by {scores}, {site.experts}, {mib} MiB each; "
                 f"block {block}; unique experts {unique}"
             )
+            lines.append(f"    experts: {'fused' if site.fused else f'their own code: {site.own_experts}'}")
             lines += [f"    changes with the routing: {escape}" for escape in site.escapes]
             lines += [f"    note: {note}" for note in site.notes]
         if self.cost_model:
@@ -137,6 +142,8 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
         **kwargs: its keyword inputs.
     """
     config = config or Config(passes=("dmoe",))
+    if config.experts is True:  # what can't be fused is said, no error
+        config = replace(config, experts="auto")
     in_loops = auto_prepare.prepare_or_say(model, config) if isinstance(model, torch.nn.Module) else []
     before = _Watch(replace(config, passes=(), stats=True))
     after = _Watch(replace(config, stats=True))
@@ -252,6 +259,8 @@ def _site_report(outcome: Outcome, before: Sequence[int] | None, after: Sequence
         groups=(site.groups.count, site.groups.top_k) if site.groups else None,
         renormalised=site.renormalised,
         experts=site.form,
+        fused=not outcome.own_experts,
+        own_experts=outcome.own_experts,
         expert_bytes=site.expert_bytes,
         tokens=numel // site.top_k if isinstance(numel, int) else None,
         tokens_per_block=outcome.tokens_per_block,

@@ -13,7 +13,9 @@ asynchronous loads, and nothing may wait for the host. How a program learns its 
         no more time than its own few (the weights are read anyway, and tensor cores take no fewer than 8), and what is
         not its own is set to zero. The second launch sums over the whole list, in SPLIT shares.
     routed: many tokens, or no list. A program owns some rows of one expert, finds that expert's tokens by scanning
-        all ids, and loops over tiles of them. There is a partial for each of a token's k experts.
+        all ids, and takes every TILES-th tile of them. The programs with the other tiles are its neighbours in the
+        grid: they read the same weights at about the same time, from the cache. There is a partial for each of a
+        token's k experts.
 
 Grids are fixed; programs past the end of the list, or of an expert without tokens, exit at once. The weights are the
 left operand of every tl.dot: Hopper's and Blackwell's tensor cores want 64 rows there, of which 32 tokens are half.
@@ -35,11 +37,11 @@ import torch
 import triton
 import triton.language as tl
 from dmoe_compile.kernels import experts_cpu
+from dmoe_compile.kernels.limits import DENSE_TOKENS, MAX_TOKENS
 from torch import Tensor
 from torch.library import wrap_triton
 
-DENSE_TOKENS = 64  # two accumulators of more than 64 x 64 spill registers
-MAX_TOKENS = 1024  # every program of the routed variant scans them: beyond, a grouped matmul of sorted tokens is better
+_MOST_TILES = 4  # every one scans all tokens, most of them for an expert that has no so many
 MOST_PARTIALS = 16  # of the dense variant: each of them is written and read again
 _SCAN = tl.constexpr(64)  # tokens that a step of that scan looks at
 
@@ -51,9 +53,9 @@ def _gate_up_kernel(
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     EXPERT: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr, UP: tl.constexpr,
     LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
-    ROUTED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROUTED: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of F, E or A). mid is [A, T, F], or [T * k, F] where ROUTED."""
+    """Grid (tiles of F x TILES, E or A). mid is [A, T, F], or [T * k, F] where ROUTED; else TILES is 1."""
     TWO: tl.constexpr = LAYOUT == "concatenated" or LAYOUT == "separate"
     # Rows of gate and up that lie in turn are read as one tile and told apart after the sum: loads stay 16 bytes wide.
     IN_TURN: tl.constexpr = LAYOUT == "interleaved"
@@ -61,7 +63,10 @@ def _gate_up_kernel(
     R: tl.constexpr = 2 * F if IN_TURN else F
     EVEN: tl.constexpr = F % BN == 0 and H % BK == 0
     FILL: tl.constexpr = None if EVEN else 0
-    rows = tl.program_id(0) * BR + tl.arange(0, BR)
+    block, tile = tl.program_id(0), 0
+    if ROUTED:
+        block, tile = block // TILES, block % TILES
+    rows = block * BR + tl.arange(0, BR)
     depth = tl.arange(0, BK)
     slots = tl.arange(0, KP)
     places = tl.arange(0, BT)
@@ -85,7 +90,7 @@ def _gate_up_kernel(
         up_ptrs = up_ptr + at + rows[:, None] * ROW + depth[None, :] * COLUMN
     else:
         up_ptrs = gate_ptrs + UP
-    for first in range(0, num_tokens, BT):
+    for first in range(tile * BT, num_tokens, TILES * BT):
         if ROUTED:
             inside = first + places < num_tokens
             tokens = tl.zeros((BT,), tl.int32)
@@ -135,7 +140,7 @@ def _gate_up_kernel(
             gate, up = tl.split(tl.permute(tl.reshape(gate, (BN, 2, BT)), (0, 2, 1)))
         acted = _activated(gate, up, LAYOUT, ACTIVATION, ALPHA, LIMIT) * weight[None, :]
         acted = tl.where(routed[None, :], acted, 0.0)  # a token that is not routed may hold anything, NaN too
-        columns = tl.program_id(0) * BN + tl.arange(0, BN)
+        columns = block * BN + tl.arange(0, BN)
         stored = inside[None, :] if F % BN == 0 else inside[None, :] & (columns < F)[:, None]
         tl.store(mid_ptr + into[None, :] * F + columns[:, None], acted.to(mid_ptr.dtype.element_ty), mask=stored)
 
@@ -190,17 +195,19 @@ def _down_dense_kernel(
 def _down_routed_kernel(
     mid_ptr, ids_ptr, weights_ptr, down_ptr, down_bias_ptr, partials_ptr, T,
     H: tl.constexpr, F: tl.constexpr, E: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    ROW: tl.constexpr, COLUMN: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROW: tl.constexpr, COLUMN: tl.constexpr, TILES: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of H, E). Writes the partials of the expert's own pairs, and zeros for its share of unrouted ones."""
+    """Grid (tiles of H x TILES, E). Writes the partials of the expert's pairs, and zeros for unrouted ones."""
     EVEN: tl.constexpr = H % BN == 0 and F % BK == 0
     FILL: tl.constexpr = None if EVEN else 0
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(0) // TILES * BN + tl.arange(0, BN)
     depth = tl.arange(0, BK)
     slots = tl.arange(0, KP)
     places = tl.arange(0, BT)
+    tile = tl.program_id(0) % TILES
     expert = tl.program_id(1)
-    for start in tl.range(expert * BT, T * K, E * BT, num_stages=1):
+    for start in tl.range((expert * TILES + tile) * BT, T * K, E * TILES * BT, num_stages=1):
         pairs = start + places
         ids = tl.load(ids_ptr + pairs, mask=pairs < T * K, other=0)
         unrouted = ((ids < 0) | (ids >= E))[None, :] & (rows < H)[:, None]
@@ -213,7 +220,7 @@ def _down_routed_kernel(
         ids = tl.load(ids_ptr + seen[:, None] * K + slots[None, :], mask=known, other=-1)
         num_tokens += tl.sum((ids == expert).to(tl.int32))
     down_ptrs = down_ptr + expert.to(tl.int64) * (H * F) + rows[:, None] * ROW + depth[None, :] * COLUMN
-    for first in range(0, num_tokens, BT):
+    for first in range(tile * BT, num_tokens, TILES * BT):
         inside = first + places < num_tokens
         tokens = tl.zeros((BT,), tl.int32)
         before = 0
@@ -325,35 +332,36 @@ def launch(
     entries = min(E, BT * k) if dense else E
     mid = hidden.new_empty((entries * T if dense else T * k), F)
     partials = hidden.new_empty((SPLIT if dense else k), T, H, dtype=torch.float32)
+    tiles = 1 if dense else config.tiles
     sizes: dict[str, Any] = dict(T=T, H=H, F=F, K=k, KP=triton.next_power_of_2(k), BT=BT)
 
-    tiles = candidates(target, config.gate_up, 2 if gated else 1, BT, H, hidden.itemsize) if autotune else ()
-    gate_up_kernel = _tuned(_gate_up_kernel, config.gate_up, tiles)
+    tried = candidates(target, config.gate_up, 2 if gated else 1, BT, H, hidden.itemsize) if autotune else ()
+    gate_up_kernel = _tuned(_gate_up_kernel, config.gate_up, tried)
     width = 2 * F if layout in ("concatenated", "interleaved") else F
-    wrap_triton(gate_up_kernel)[lambda meta: (triton.cdiv(F, meta["BN"]), entries)](
+    wrap_triton(gate_up_kernel)[lambda meta: (triton.cdiv(F, meta["BN"]) * tiles, entries)](
         hidden_ptr=hidden, ids_ptr=ids, weights_ptr=weights, gate_up_ptr=gate_up, up_ptr=up,
         gate_up_bias_ptr=gate_up_bias, up_bias_ptr=up_bias, active_ptr=active if dense else None,
         counts_ptr=counts if dense else None, mid_ptr=mid, **sizes,
         EXPERT=width * H, ROW=1 if transposed else H, COLUMN=width if transposed else 1,
         UP=F if transposed else F * H, LAYOUT=layout, ACTIVATION=activation,
         ALPHA=alpha if activation == "swigluoai" else 0.0, LIMIT=limit if activation == "swigluoai" else 0.0,
-        ROUTED=not dense,
+        ROUTED=not dense, TILES=tiles,
     )  # fmt: skip
 
     span = F // config.cuts
-    tiles = candidates(target, config.down, 1, BT, span, hidden.itemsize) if autotune else ()
+    tried = candidates(target, config.down, 1, BT, span, hidden.itemsize) if autotune else ()
     sizes |= dict(ROW=1 if down_transposed else F, COLUMN=H if down_transposed else 1)
     if dense:
-        down_kernel = _tuned(_down_dense_kernel, config.down, tiles)
+        down_kernel = _tuned(_down_dense_kernel, config.down, tried)
         wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]), SPLIT)](
             mid_ptr=mid, ids_ptr=ids, weights_ptr=weights, down_ptr=down, down_bias_ptr=down_bias, active_ptr=active,
             counts_ptr=counts, partials_ptr=partials, **sizes, SPLIT=SPLIT, CUTS=config.cuts,
         )  # fmt: skip
     else:
-        down_kernel = _tuned(_down_routed_kernel, config.down, tiles)
-        wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]), E)](
+        down_kernel = _tuned(_down_routed_kernel, config.down, tried)
+        wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]) * tiles, E)](
             mid_ptr=mid, ids_ptr=ids, weights_ptr=weights, down_ptr=down, down_bias_ptr=down_bias,
-            partials_ptr=partials, **sizes, E=E,
+            partials_ptr=partials, **sizes, E=E, TILES=tiles,
         )  # fmt: skip
     return partials
 
@@ -453,6 +461,7 @@ class Config:
     """How both launches are cut up."""
 
     tokens: int
+    tiles: int  # of one expert's tokens that go to programs of their own, in the routed variant
     gate_up: Tile
     down: Tile
     split: int  # partials of the dense variant
@@ -469,6 +478,7 @@ def default_config(
     # A routed expert may well get four times the mean: what is over takes another turn, which reads weights again.
     wanted = T if dense else min(T, 4 * T * k // E)
     tokens = 16 if wanted <= 16 else 32 if wanted <= 32 else 64
+    tiles = min(_MOST_TILES, triton.cdiv(T, tokens))
     tiles_of_h = triton.cdiv(H, 64)
     split = min(MOST_PARTIALS, max(1, round(target.processors / tiles_of_h))) if dense else 1
     cuts = _cuts(F, split) if dense else 1
@@ -478,7 +488,7 @@ def default_config(
     span = F // cuts
     deeper = (128,) if itemsize == 2 and not target.steps_in_registers and span >= 256 else ()
     down = _tile(target, 1, tokens, _depth(span, (*deeper, *depths)), itemsize)
-    return Config(tokens, gate_up, down, cuts * triton.cdiv(split, cuts), cuts)
+    return Config(tokens, tiles, gate_up, down, cuts * triton.cdiv(split, cuts), cuts)
 
 
 def candidates(target: Target, default: Tile, operands: int, tokens: int, size: int, itemsize: int) -> tuple[Tile, ...]:
@@ -499,7 +509,9 @@ def candidates(target: Target, default: Tile, operands: int, tokens: int, size: 
             sums = operands * rows * tokens // (32 * warps)  # registers of a thread
             # Twice the depth only where that adds no mask and leaves the pipeline two steps; see _cuts.
             even = depth == default.depth or (size % depth == 0 and size >= 2 * depth)
-            if even and sums <= 64 and tile.stages > 1:
+            # Sums and operands of 64 tokens fill the registers: more depth, or tiles higher than wide, spill.
+            fits = sums <= 64 and (tokens < 64 or (depth == default.depth and rows >= tokens))
+            if even and fits and tile.stages > 1:
                 found[tile] = None
     return tuple(found)
 

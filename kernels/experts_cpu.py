@@ -1,25 +1,55 @@
-"""dmoe::experts_cpu: the experts of a mixture-of-experts layer on the tokens that are routed to them, in PyTorch.
+"""dmoe::experts_cpu: the experts of a mixture-of-experts layer on the tokens that are routed to them, on CPUs.
 
     out[t] = sum over t's experts e of weights[t, e] * (down[e] @ (act(gate[e] @ x[t]) * (up[e] @ x[t])) + bias[e])
 
 What kernels/experts.py does in Triton, on CPUs: a triton_op's body is traced on every device, so this is an op of its
-own. `reference` is the truth for both, and check() says what either takes.
+own. `reference` is the truth for both, and check() says what either takes. The kernel is kernels/experts.cpp, built at
+first use for the hidden state's dtype and what the machine has; where there is no compiler, `composed` runs instead.
+
+Numerics of the kernel: products and sums in fp32; act(gate) * up is rounded once, to hidden's dtype, and the sum over
+experts once, to the result's. A token's experts are added in the order of their ids, each times its routing weight, in
+fp32. With avx512_bf16, subnormal bf16 values count as zero in products.
+Batch invariance: a token's result has the same bits alone and in any batch, with any number of threads, every time.
+
+After a fork it is as it is with PyTorch's own operations: a child hangs at its first parallel region if the parent has
+had one. Fork before, spawn, or set one thread in the child.
 
 T: tokens; k: experts a token; E: experts; H, I: hidden size and expert width
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import platform
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from dmoe_compile.kernels.native import library
 from torch import Tensor
 
 # How gate and up lie: gate_up [E, 2I, H] with the gate's rows first, or row by row in turn; gate_up [E, I, H] is the
 # gate, and `up` another tensor; or there is no gate, and gate_up is all there is.
 Layout = Literal["concatenated", "interleaved", "separate", "plain"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swigluoai"]
+# What the kernel is compiled for, the fastest first, and what of torch.cpu.get_capabilities() that takes.
+Isa = Literal["avx512_bf16", "avx512", "avx2", "portable"]
+_AVX2 = ("avx2", "fma3", "f16c")
+_AVX512 = (*_AVX2, "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
+_NEEDS: dict[Isa, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()
+}  # fmt: skip
+_O2 = "-O2"  # Inductor's -O3 takes a third longer to compile, and its copies of the inner loops spill registers
+_AVX512_FLAGS = (_O2, "-march=haswell", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+_FLAGS: dict[Isa, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
+    "avx512": _AVX512_FLAGS,
+    "avx2": (_O2, "-march=haswell"),
+    "portable": (_O2, "-march=x86-64") if platform.machine() in ("x86_64", "AMD64") else (_O2,),
+}
+_ELEMENTS = {torch.float32: "float", torch.bfloat16: "BFloat", torch.float16: "Half"}  # as the source names them
 
 
 def launch(
@@ -38,8 +68,9 @@ def launch(
     activation: str,
     alpha: float,
     limit: float,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Return the weighted sum of each token's experts, [T, H] in hidden's dtype; what is inside an expert is too.
+    """Return the weighted sum of each token's experts, [T, H].
 
     Args:
         hidden: [T, H] fp32, bf16 or fp16.
@@ -57,12 +88,105 @@ def launch(
         activation: see Activation. "swigluoai" is gpt-oss's: (up + 1) * gate * sigmoid(alpha * gate), clamped.
         alpha: of "swigluoai".
         limit: of "swigluoai", the largest gate and the largest up of either sign.
+        out_dtype: of the result, fp32, bf16 or fp16; hidden's if left out.
 
     Raises:
         ValueError: for shapes, dtypes and names that don't fit.
+        MemoryError: if the kernel gets no memory to work in.
     """
     check(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
-          down_transposed, activation)  # fmt: skip
+          down_transposed, activation, out_dtype)  # fmt: skip
+    kernel = built(hidden.dtype) if hidden.device.type == "cpu" and down.numel() else None
+    run = composed if kernel is None else functools.partial(_run, kernel)
+    return run(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
+               down_transposed, activation, alpha, limit, out_dtype or hidden.dtype)  # fmt: skip
+
+
+def available(dtype: torch.dtype) -> bool:
+    """Whether the kernel can be built here; if not, a model's own way is faster than `composed`."""
+    return built(dtype) is not None
+
+
+@functools.cache
+def built(dtype: torch.dtype, isa: Isa | None = None) -> Callable[..., int] | None:
+    """Return the kernel for a dtype of hidden, None where it can't be built.
+
+    Args:
+        dtype: fp32, bf16 or fp16.
+        isa: what to build for, this machine's best if left out; one that it lacks ends the process when called.
+    """
+    found = library("experts", (*_FLAGS[isa or best_isa()], f"-DELEMENT={_ELEMENTS[dtype]}"))
+    if found is None:
+        return None
+    pointers, sizes, numbers = [ctypes.c_void_p] * 10, [ctypes.c_int64] * 5, [ctypes.c_int] * 5
+    found.experts.argtypes = [*pointers, *sizes, *numbers, ctypes.c_float, ctypes.c_float, ctypes.c_int]
+    return found.experts
+
+
+@functools.cache
+def best_isa() -> Isa:
+    """Return the fastest instruction set of Isa that this machine has."""
+    has = torch.cpu.get_capabilities()
+    return next(isa for isa, needs in _NEEDS.items() if all(has.get(each) for each in needs))
+
+
+def _run(
+    kernel: Callable[..., int],
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: str,
+    transposed: bool,
+    down_transposed: bool,
+    activation: str,
+    alpha: float,
+    limit: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Return what launch() does, by the kernel; operands are those that check() has let pass."""
+    out = torch.empty(hidden.shape, dtype=out_dtype)
+    if out.numel() == 0:
+        return out
+    biases = (
+        None if bias is None else bias.to(hidden.dtype).contiguous() for bias in (gate_up_bias, up_bias, down_bias)
+    )
+    routed = hidden.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
+    operands = [*routed, gate_up, up, down, *biases, out]  # held until the call returns
+    sizes = *ids.shape, gate_up.shape[0], hidden.shape[1], down.shape[1 if down_transposed else 2]
+    form = (
+        list(_ELEMENTS).index(out_dtype), get_args(Layout).index(layout), transposed, down_transposed,
+        get_args(Activation).index(activation), alpha, limit, torch.get_num_threads(),
+    )  # fmt: skip
+    if kernel(*(None if x is None else x.data_ptr() for x in operands), *sizes, *form):
+        raise MemoryError(f"experts: no memory to work in for T, k = {tuple(ids.shape)}; call it on fewer tokens?")
+    return out
+
+
+def composed(
+    hidden: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    up: Tensor | None,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: str,
+    transposed: bool,
+    down_transposed: bool,
+    activation: str,
+    alpha: float,
+    limit: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Return what launch() does, in PyTorch, which rounds to hidden's dtype after every operation of an expert."""
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for e in ids.unique().tolist():
         if not 0 <= e < len(gate_up):
@@ -79,14 +203,15 @@ def launch(
         mid = activated(gate, other, activation, alpha, limit)
         result = _project(mid, down[e], down_bias, e, down_transposed)
         out[tokens] += weights[tokens, slots].float().unsqueeze(-1) * result.float()
-    return out.to(hidden.dtype)
+    return out.to(out_dtype)
 
 
 def reference(hidden: Tensor, ids: Tensor, weights: Tensor, *bank_and_form: Any) -> Tensor:
     """Return what launch() computes, [T, H] fp32, with nothing rounded below that; its arguments are launch()'s."""
     given = (hidden, ids, weights, *bank_and_form)
     args: list[Any] = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
-    return launch(*args)
+    args.append(torch.float32)
+    return composed(*args)
 
 
 def activated(gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float) -> Tensor:
@@ -120,14 +245,17 @@ def check(
     transposed: bool,
     down_transposed: bool,
     activation: str,
+    out_dtype: torch.dtype | None = None,
 ) -> None:
     """Raise ValueError unless the operands of experts fit together; see launch() for what each is."""
+    if out_dtype not in (None, *_ELEMENTS):
+        raise ValueError(f"experts: out_dtype is {out_dtype}, but must be fp32, bf16 or fp16")
     if layout not in get_args(Layout) or activation not in get_args(Activation):
         known = f"{', '.join(get_args(Layout))}, and {', '.join(get_args(Activation))}"
         raise ValueError(f"experts: layout {layout!r} and activation {activation!r} must be of {known}")
     if activation == "swigluoai" and layout == "plain":
         raise ValueError("experts: activation 'swigluoai' multiplies two projections, but layout 'plain' has one")
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16) or hidden.dim() != 2:
+    if hidden.dtype not in _ELEMENTS or hidden.dim() != 2:
         raise ValueError(f"experts: hidden is {_describe(hidden)}, but must be fp32, bf16 or fp16 [T, H]")
     if ids.dim() != 2 or ids.shape != weights.shape or ids.shape[0] != hidden.shape[0] or ids.is_floating_point():
         got = f"ids {_describe(ids)} and weights {_describe(weights)}"
@@ -144,6 +272,10 @@ def check(
     if (up is None) != (layout != "separate") or (up is not None and up.shape != gate_up.shape):
         got = "None" if up is None else _describe(up)
         raise ValueError(f"experts: up is {got}; with layout 'separate' it is like gate_up, with others None")
+    operands = (ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias)
+    if any(x is not None and x.device != hidden.device for x in operands):
+        got = ", ".join(str(x.device) for x in (hidden, *operands) if x is not None)
+        raise ValueError(f"experts: operands are on {got}, but must be on one device")
     for name, bias, size in (
         ("gate_up_bias", gate_up_bias, rows),
         ("up_bias", up_bias, width),
@@ -168,8 +300,9 @@ def _describe(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
 
 
-def _fake(hidden: Tensor, *_: object) -> Tensor:
-    return hidden.new_empty(hidden.shape)
+def _fake(hidden: Tensor, *rest: object, out_dtype: torch.dtype | None = None) -> Tensor:
+    given = rest[-1] if isinstance(rest[-1], torch.dtype) else out_dtype
+    return hidden.new_empty(hidden.shape, dtype=given or hidden.dtype)
 
 
 experts_cpu = torch.library.custom_op("dmoe::experts_cpu", launch, mutates_args=())

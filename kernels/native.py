@@ -14,21 +14,31 @@ log = logging.getLogger(__name__)
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL | None:
-    """Return kernels/<name>.cpp as a loaded library, None (with one warning) where it can't be built."""
+def library(name: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL | None:
+    """Return kernels/<name>.cpp as a loaded library, None (with one warning a name) where it can't be built.
+
+    Args:
+        name: of the source.
+        flags: of the compiler, behind Inductor's own, which say -march=native. With any, they alone choose the
+            instruction set: Inductor's vector flags, which would add to it, are left out.
+    """
     from torch._inductor.codecache import CppCodeCache
 
     try:
-        built: ctypes.CDLL = CppCodeCache.load(source(name))
+        built: ctypes.CDLL = CppCodeCache.load(source(name), extra_flags=flags, needs_vec_isa=not flags)
     except Exception as error:  # no compiler, one that fails, a cache folder that can't be written
         log.debug("why kernels/%s.cpp can't be built", name, exc_info=True)
-        first = str(error).strip().partition("\n")[0]
-        log.warning(
-            "kernels/%s.cpp can't be built (%s: %s); PyTorch's own operations run instead, more slowly. It takes a C++ "
-            "compiler (apt install g++, xcode-select --install) or CXX set to one.", name, type(error).__name__, first,
-        )  # fmt: skip
+        _warn(name, type(error).__name__, str(error).strip().partition("\n")[0])
         return None
     return built
+
+
+@functools.cache  # a source may be built for several kinds of operands; one that can't be, for none of them
+def _warn(name: str, error: str, words: str) -> None:
+    log.warning(
+        "kernels/%s.cpp can't be built (%s: %s); PyTorch's own operations run instead, more slowly. It takes a C++ "
+        "compiler (apt install g++, xcode-select --install) or CXX set to one.", name, error, words,
+    )  # fmt: skip
 
 
 def source(name: str) -> str:

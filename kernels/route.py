@@ -19,12 +19,12 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from dmoe_compile.kernels.limits import MAX_TOKENS
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 NUM_WARPS = 8
 _MAX_EXPERTS = 512
-_MAX_TOKENS = 1024
 _CHUNK = 16  # tokens at once, two of each warp
 # Scores at once, at most: 16 registers for each tensor of them. With 32, 16 tokens of 512 experts, little is left.
 _CHUNK_SCORES = 4096
@@ -465,8 +465,8 @@ def unsupported(
         return f"roles must be [{tokens}] int8, contiguous; got {got}"
     if num_experts > _MAX_EXPERTS:
         return f"{num_experts} experts are more than {_MAX_EXPERTS}: the scores of a chunk would leave the registers"
-    if not 0 < tokens <= _MAX_TOKENS:
-        return f"{tokens} tokens are not between 1 and {_MAX_TOKENS}: longer forwards gain nothing from one launch"
+    if not 0 < tokens <= MAX_TOKENS:
+        return f"{tokens} tokens are not between 1 and {MAX_TOKENS}: longer forwards gain nothing from one launch"
     if batch * seq != tokens:
         return f"{tokens} tokens are not batch={batch} rows of seq={seq}"
     if not 1 <= top_k <= num_experts:

@@ -50,6 +50,12 @@ class Settings:
     max_block_tokens: int | None = None
     scope: str = "block"
 
+    def too_long(self, seq: Size) -> str:
+        """Return why a forward of this many tokens a sequence is left alone, "" where it is not."""
+        if self.max_block_tokens is None or seq <= self.max_block_tokens:
+            return ""
+        return f"{seq} tokens a sequence are more than max_block_tokens={self.max_block_tokens}"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -198,9 +204,8 @@ def constrain(
     graph: fx.Graph, site: Site, where: Layout, method: Method, settings: Settings, tracer: Tracer
 ) -> Outcome:
     """Restrict a site's selection to the coresets that a method chooses."""
-    limit = settings.max_block_tokens
-    if limit is not None and where.seq > limit:
-        return Outcome(site, False, f"{where.seq} tokens a sequence are more than max_block_tokens={limit}")
+    if reason := settings.too_long(where.seq):
+        return Outcome(site, False, reason)
     if method.needs_weights and site.weights is None:
         return Outcome(site, False, "the weights that its router gives the chosen experts can't be read")
     own = _own_choice(graph, site) if method.needs_weights else []

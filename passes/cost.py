@@ -34,12 +34,25 @@ class Machine:
     tflop_per_s: float
 
 
-# What vendors state for HBM and for dense bf16 matrix units: A100 80 GB SXM, H100 SXM, B200, MI300X.
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU does at best: reads, in GB/s, and multiplies, in TFLOP/s, half precision and exact fp32 (no TF32)."""
+
+    gb_per_s: float
+    half: float
+    fp32: float
+
+    def machine(self, itemsize: int) -> Machine:
+        """Return what it does with weights of this many bytes."""
+        return Machine(self.gb_per_s, self.half if itemsize < 4 else self.fp32)
+
+
+# What vendors state: A100 80 GB SXM, H100 SXM, B200, MI300X.
 GPUS = {
-    "sm_80": Machine(2039, 312),
-    "sm_90": Machine(3350, 989),
-    "sm_100": Machine(8000, 2250),
-    "gfx942": Machine(5300, 1307),
+    "sm_80": Gpu(2039, 312, 19.5),
+    "sm_90": Gpu(3350, 989, 67),
+    "sm_100": Gpu(8000, 2250, 75),
+    "gfx942": Gpu(5300, 1307, 163),
 }
 
 
@@ -80,10 +93,12 @@ def judge(site: Site, tokens: int, unique: float, coreset: float, machine: Machi
     return Verdict(pays, why)
 
 
-def reading_limits(site: Site, tokens: int, machine: Machine) -> bool:
+def reading_limits(site: Site, tokens: int, gpu: Gpu) -> bool:
     """Say whether a site's experts take longer to read than to multiply by, where tokens choose them evenly."""
     unique = site.num_experts * (1 - (1 - site.top_k / site.num_experts) ** tokens)
-    known = {**_sizes(site), T: tokens, U: unique, BANDWIDTH: machine.gb_per_s * 1e9, PEAK: machine.tflop_per_s * 1e12}
+    sizes = _sizes(site)
+    machine = gpu.machine(sizes[BYTES])
+    known = {**sizes, T: tokens, U: unique, BANDWIDTH: machine.gb_per_s * 1e9, PEAK: machine.tflop_per_s * 1e12}
     return bool(READ.subs(known) >= COMPUTE.subs(known))
 
 

@@ -2,32 +2,34 @@
 
     combine: [T, H] = ...(grouped or batched matmuls, activation, weights, sum over k)
         ->  GPU: sum(dmoe.experts(hidden, ids, weights, gate_up, down, ..) [P, T, H] fp32)
-            CPU: dmoe.experts_cpu(hidden, ids, weights, gate_up, down, ..)
+            CPU: dmoe.experts_cpu(hidden, ids, weights, gate_up, down, ..) [T, H] in the combine's dtype
 
 Which weight is which, how gate and up lie and which activation it is are read from shapes and operations; that leaves
 more than one reading of some banks (H = 2I is square). So what stands there is cut out and run once on random tokens
 with the model's own weights, and the reading that computes the same is taken. None does: the site keeps its own code.
 Layers that are alike are checked once.
-Left alone: sizes that are symbolic, experts that read more than hidden states, routing and their own weights, weights
-of another dtype than hidden states, and what check() of the kernels does not take.
+Left alone: on GPUs, sizes that are symbolic; experts that read more than hidden states, routing and their own weights;
+weights of another dtype than hidden states; and what check() of the kernels does not take.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
 from dmoe_compile.kernels.experts_cpu import check, reference  # also registers dmoe::experts_cpu
 from dmoe_compile.passes.constrain import Tracer
 from dmoe_compile.passes.inline import between
-from dmoe_compile.passes.region import Region, cut, made_up, scalars
+from dmoe_compile.passes.region import Region, cut, hints, made_up, scalars
 from dmoe_compile.passes.sites import FACTORIES, VIEWS, Site, Sources, packet, shape
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
+from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
 
 aten = torch.ops.aten
 _SHAPE_ONLY = VIEWS - {aten._to_copy, torch.ops.prims.convert_element_type, aten.slice, aten.select}
@@ -85,17 +87,22 @@ class Reader:
         """Return what the fused op takes of a site, or why it can't."""
         if site.weights is None:
             return "its routing weights are not one tensor [T, k]"
-        if not isinstance(site.ids.meta["val"].numel(), int):
+        symbolic_too = site.combine.meta["val"].device.type == "cpu"
+        if not symbolic_too and not isinstance(site.ids.meta["val"].numel(), int):
             return SYMBOLIC
         hidden = _hidden(site, self.sources)
         if isinstance(hidden, str):
             return hidden
         region = cut([hidden, site.ids, site.weights], [site.combine])
-        if region.symbolic:
+        if region.symbolic and (not symbolic_too or _size_of(site, hidden) is None):
             return SYMBOLIC
-        others = [leaf for leaf in region.leaves if not self._is_weight(leaf, site)]
+        others = [leaf for leaf in region.leaves if not self._is_weight(leaf, site) and not _is_number(leaf)]
         if others:
             return f"its experts read {', '.join(map(str, others))} besides hidden states, routing and their weights"
+        operands = (hidden, site.ids, site.weights, *region.leaves)
+        devices = {node.meta["val"].device for node in operands if not _is_number(node)}
+        if len(devices) > 1:
+            return f"its hidden states, routing and weights are on {len(devices)} devices: {_listed(devices)}"
         readings = [Bank(hidden, weights, form) for weights, form in _readings(site, region, hidden)]
         readings = [bank for bank in readings if _fits(site, bank)]
         if not readings:
@@ -115,21 +122,27 @@ class Reader:
 
     def _check(self, site: Site, region: Region, readings: Sequence[Bank]) -> int | str:
         """Return which reading computes what the region does on random tokens, or why none is taken."""
-        largest = max(value.numel() * value.element_size() for node in region.nodes for value in _tensors(node))
+        largest = max(
+            prod(hints(value.shape)) * value.element_size() for node in region.nodes for value in _tensors(node)
+        )
         if largest > _MAX_CHECK_BYTES:
             return f"its own code makes a tensor of {largest / 2**30:.3g} GiB, too much to check it by"
         # Biases are always made up: those of a model may be zeros, which tell nothing.
         seen = {leaf: self.values[leaf.name] for leaf in region.leaves if leaf.name in self.values and _is_matrix(leaf)}
-        unseen = [leaf for leaf in region.leaves if leaf not in seen]
+        numbers = {leaf: optimization_hint(leaf.meta["val"]) for leaf in region.leaves if _is_number(leaf)}
+        unseen = [leaf for leaf in region.leaves if leaf not in seen and leaf not in numbers]
         if sum(leaf.meta["val"].numel() for leaf in unseen) > _MAX_MADE_UP:
             return "its weights can't be seen here, and are too large to be made up"
         device = next((value.device for value in seen.values()), torch.device("cpu"))
         generator = torch.Generator().manual_seed(0)
-        weights = {leaf: seen[leaf] if leaf in seen else made_up(leaf, device, generator) for leaf in region.leaves}
-        wrong = dict[int, str]()
+        weights: dict[fx.Node, Any] = {
+            **seen, **numbers, **{leaf: made_up(leaf, device, generator) for leaf in unseen}
+        }  # fmt: skip
+        leaves = [weights[leaf] for leaf in region.leaves]
+        wrong, run = dict[int, str](), region.callable(device)
         for spread in _SPREADS:
             few, hidden, ids, routing = _tokens(site, region.inputs[0], spread, device, generator)
-            (own,) = region.run([hidden, few[ids], routing, *weights.values()], device)
+            (own,) = run([hidden, few[ids], routing, *leaves])
             own = own.reshape(-1, own.shape[-1]).float()
             if not own.isfinite().all() or not own.any():
                 return "its experts make nothing but zeros, or numbers that are not finite, of random tokens"
@@ -155,7 +168,9 @@ class Fused:
     partials: fx.Node | None = None
 
 
-def fuse(graph: fx.Graph, site: Site, bank: Bank, listed: Sequence[fx.Node], tracer: Tracer) -> Fused:
+def fuse(
+    graph: fx.Graph, site: Site, bank: Bank, listed: Sequence[fx.Node], tracer: Tracer, *, autotune: bool = False
+) -> Fused:
     """Replace a site's combine by the fused op; the site's own code is left for dead.
 
     Args:
@@ -164,6 +179,7 @@ def fuse(graph: fx.Graph, site: Site, bank: Bank, listed: Sequence[fx.Node], tra
         bank: what its experts are.
         listed: the active experts and their count as dmoe::route returns them, where that routed the site.
         tracer: of this graph.
+        autotune: on a GPU, time the kernels' tiles at the first call.
     """
     assert site.weights is not None
     operands = [bank.hidden, site.ids, site.weights, *(node for node in bank.weights if node is not None)]
@@ -171,13 +187,14 @@ def fuse(graph: fx.Graph, site: Site, bank: Bank, listed: Sequence[fx.Node], tra
     value = site.combine.meta["val"]
     before = site.combine.next
     if value.device.type == "cpu":
-        rule = functools.partial(_on_cpu, given, site.top_k, bank.form.arguments, tuple(value.shape), value.dtype)
-        (out,) = tracer.insert(graph, before, rule, operands, ("experts", given, bank.form, value.dtype, value.shape))
+        size = _size_of(site, bank.hidden)
+        rule = functools.partial(_on_cpu, given, site.top_k, bank.form.arguments, size, value.dtype)
+        (out,) = tracer.insert(graph, before, rule, operands, ("experts", given, bank.form, value.dtype, size))
         partials = None
     else:
-        op = functools.partial(_on_gpu, given, site.top_k, bank.form.arguments)
+        op = functools.partial(_on_gpu, given, site.top_k, (*bank.form.arguments, autotune))
         args = [*operands, *listed]
-        (partials,) = tracer.insert(graph, before, op, args, ("experts", given, bank.form, len(listed)))
+        (partials,) = tracer.insert(graph, before, op, args, ("experts", given, bank.form, len(listed), autotune))
         total = functools.partial(summed, tuple(value.shape), value.dtype)
         (out,) = tracer.insert(graph, before, total, [partials], ("sum of experts", value.dtype, value.shape))
     site.combine.replace_all_uses_with(out)
@@ -202,10 +219,24 @@ def _operands(given: Sequence[bool], top_k: int, tensors: Sequence[Tensor]) -> l
 
 
 def _on_cpu(
-    given: Sequence[bool], top_k: int, form: Sequence[Any], size: Sequence[int], dtype: torch.dtype, *tensors: Tensor
+    given: Sequence[bool], top_k: int, form: Sequence[Any], size: Any, dtype: torch.dtype, *tensors: Tensor
 ) -> Tensor:
-    out: Tensor = torch.ops.dmoe.experts_cpu(*_operands(given, top_k, tensors), *form)
-    return out.to(dtype).reshape(tuple(size))
+    out: Tensor = torch.ops.dmoe.experts_cpu(*_operands(given, top_k, tensors), *form, dtype)
+    return out if size == "rows" else out.reshape(tensors[0].shape if size == "hidden" else size)
+
+
+def _size_of(site: Site, hidden: fx.Node) -> tuple[int, ...] | str | None:
+    """Return the size of a site's result; where that is symbolic, what it is like, or None where it is like nothing.
+
+    "rows" is [T, H], "hidden" what the hidden states have.
+    """
+    size, like = site.combine.meta["val"].shape, hidden.meta["val"].shape
+    if all(isinstance(each, int) for each in size):
+        return tuple(size)
+    if len(size) == 2:
+        return "rows"
+    same = len(size) == len(like) and all(statically_known_true(a == b) for a, b in zip(size, like, strict=True))
+    return "hidden" if same else None
 
 
 def _on_gpu(given: Sequence[bool], top_k: int, form: Sequence[Any], *tensors: Tensor) -> Tensor:
@@ -225,11 +256,14 @@ def _hidden(site: Site, sources: Sources) -> fx.Node | str:
     stack, seen = [site.combine], {site.combine, site.ids, site.weights}
     while stack:
         for node in stack.pop().all_input_nodes:
-            if node in seen or _is_static(node, sources) or packet(node) in FACTORIES:
+            if node in seen or _is_number(node) or _is_static(node, sources) or packet(node) in FACTORIES:
                 continue
             seen.add(node)
             root = node if node in routed else _root(node, elements)
-            if root not in routed and isinstance(root.meta.get("val"), Tensor) and root.meta["val"].numel() == elements:
+            value = root.meta.get("val")
+            if _is_number(root):
+                continue
+            if root not in routed and isinstance(value, Tensor) and statically_known_true(value.numel() == elements):
                 roots[root] = None
             elif root.op == "call_function":
                 stack.append(root)
@@ -242,9 +276,16 @@ def _hidden(site: Site, sources: Sources) -> fx.Node | str:
 
 def _root(node: fx.Node, elements: Any) -> fx.Node:
     """Walk back through views as long as what is viewed holds at least as many elements."""
-    while packet(node) in _SHAPE_ONLY and node.all_input_nodes[0].meta["val"].numel() >= elements:
-        node = node.all_input_nodes[0]
+    while packet(node) in _SHAPE_ONLY:
+        parent = node.all_input_nodes[0]
+        if not statically_known_true(parent.meta["val"].numel() >= elements):
+            break
+        node = parent
     return node
+
+
+def _listed(devices: Iterable[torch.device]) -> str:
+    return ", ".join(sorted(map(str, devices)))
 
 
 def _is_static(node: fx.Node, sources: Sources, depth: int = 8) -> bool:
@@ -372,6 +413,10 @@ def _tensors(node: fx.Node) -> list[Tensor]:
     return [each for each in (value if isinstance(value, tuple | list) else [value]) if isinstance(each, Tensor)]
 
 
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
+
+
 def _is_matrix(node: fx.Node) -> bool:
     return len(shape(node) or ()) == 3
 
@@ -379,12 +424,14 @@ def _is_matrix(node: fx.Node) -> bool:
 def _fits(site: Site, bank: Bank) -> bool:
     """Say whether the op takes these operands: dtypes, shapes, weights that lie as they must."""
     assert site.weights is not None
-    hidden, ids, weights = (node.meta["val"] for node in (bank.hidden, site.ids, site.weights))
-    args: list[Any] = [hidden.reshape(-1, hidden.shape[-1])]
+    values = [node.meta["val"] for node in (bank.hidden, site.ids, site.weights)]
+    hidden, ids, weights = (torch.empty(hints(x.shape), dtype=x.dtype, device="meta") for x in values)
+    args: Any = [hidden.reshape(-1, hidden.shape[-1])]
     args += [ids.reshape(-1, site.top_k), weights.reshape(-1, site.top_k)]
-    args += [None if node is None else node.meta["val"] for node in bank.weights]
+    args += [None if node is None else node.meta["val"].to("meta") for node in bank.weights]
+    args += [*bank.form.arguments[:4], site.combine.meta["val"].dtype]
     try:
-        check(*args, *bank.form.arguments[:4])
+        check(*args)
     except ValueError:
         return False
     return True
@@ -396,16 +443,16 @@ def _tokens(
     """Return a few experts, random hidden states, ids among the few, and weights: each that is hit costs a matmul."""
     assert site.weights is not None
     value, ids = hidden.meta["val"], site.ids.meta["val"]
-    tokens = ids.numel() // site.top_k
+    tokens = prod(hints(ids.shape)) // site.top_k
     few = torch.randperm(site.num_experts, generator=generator)[: 2 * site.top_k]
     chosen = torch.stack([torch.randperm(len(few), generator=generator)[: site.top_k] for _ in range(tokens)])
     weights = torch.rand(tokens, site.top_k, generator=generator) + 0.5
-    states = spread * torch.randn(value.shape, generator=generator)
+    states = spread * torch.randn(hints(value.shape), generator=generator)
     return (
         few.to(device, ids.dtype),
         states.to(device, value.dtype),
-        chosen.reshape(ids.shape).to(device, ids.dtype),
-        weights.reshape(site.weights.meta["val"].shape).to(device, site.weights.meta["val"].dtype),
+        chosen.reshape(hints(ids.shape)).to(device, ids.dtype),
+        weights.reshape(hints(site.weights.meta["val"].shape)).to(device, site.weights.meta["val"].dtype),
     )
 
 

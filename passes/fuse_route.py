@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from dmoe_compile.kernels.limits import DENSE_TOKENS
 from dmoe_compile.passes.constrain import Layout, Settings, Tracer
 from dmoe_compile.passes.fuse_experts import SYMBOLIC, Reader
 from dmoe_compile.passes.inline import between
@@ -28,7 +29,6 @@ from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 
 aten = torch.ops.aten
-_LISTED_TOKENS = 64  # up to here the experts' kernel runs over a list of active experts, which one block makes
 _CHECKED_TOKENS = 256  # at least
 _WEIGHT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 8e-3}  # two roundings of each
 
@@ -85,8 +85,7 @@ def read(site: Site, reader: Reader) -> Router | str:
 def method_of(passes: Mapping[str, Any], where: Layout, settings: Settings, top_k: int) -> tuple[str, float, int] | str:
     """Return the arguments method, p and size of dmoe::route for what is selected, or why it is none that it knows."""
     names = [name for name in policy_names() if name in passes]
-    limit = settings.max_block_tokens
-    if not names or (limit is not None and where.seq > limit):
+    if not names or settings.too_long(where.seq):
         return "own", 0.0, 0
     policy = find_policy(names[0])
     if not hasattr(policy, "kernel"):
@@ -108,14 +107,17 @@ def route(
     from dmoe_compile.kernels.route import unsupported  # imports triton, which CPU builds of torch do not bring
 
     batch, seq = where.batch, where.seq
-    if where.mask is not None:
+    if where.mask is not None and (method[0] != "own" or where.step is not None):
         return "an attention mask says which tokens are padding"
     if where.step is not None and site.escapes:
         return "what it chooses leaves the layer, where an id must be an expert's"
     if not isinstance(batch, int) or not isinstance(seq, int):
         return SYMBOLIC
-    own_list = method[0] == "own" and batch * seq <= _LISTED_TOKENS and where.step is None
-    whole = own_list or settings.scope == "batch"
+    # Without a coreset blocks are nothing but programs: one, where it makes the list of all tokens' experts.
+    if method[0] == "own" and where.step is None:
+        whole = batch * seq <= DENSE_TOKENS
+    else:
+        whole = settings.scope == "batch"
     candidates = where.step.candidates if where.step else 1
     form = (
         site.top_k, router.score, router.groups, router.top_groups, router.group_score, router.weighting, router.scale,
@@ -135,7 +137,7 @@ def route(
     for old, new in ((site.ids, ids), (site.weights, weights)):
         old.replace_all_uses_with(_like(graph, new, old))
     blocks = 1 if whole else batch // candidates * -(-seq // settings.block_length)
-    return Routed(ids, weights, active, counts, listed=blocks == 1 and batch * seq <= _LISTED_TOKENS)
+    return Routed(ids, weights, active, counts, listed=blocks == 1 and batch * seq <= DENSE_TOKENS)
 
 
 class _Route:
@@ -193,12 +195,12 @@ def _check(site: Site, region: Region, readings: Sequence[Router], values: Mappi
     leaves = {leaf: made_up(leaf, device, generator) for leaf in region.leaves}
     value = site.logits.meta["val"]
     tokens = value.numel() // site.num_experts
-    left = list(range(len(readings)))
+    left, run = list(range(len(readings))), region.callable(device)
     # Large logits show soft caps, but make equal sigmoids; a few tokens show too few groups.
     for spread in (1.0,) if site.score_function == "sigmoid" else (1.0, 8.0):
         for _ in range(-(-_CHECKED_TOKENS // tokens)):
             logits = (spread * _distinct_logits(value.shape, generator)).to(device, value.dtype)
-            ids, weights = (x.reshape(-1, site.top_k) for x in region.run([logits, *leaves.values()], device))
+            ids, weights = (x.reshape(-1, site.top_k) for x in run([logits, *leaves.values()]))
             left = [i for i in left if _agrees(site, readings[i], logits, leaves, ids, weights)]
     return left[0] if left else "its router chooses or weighs otherwise than the fused kernel does"
 

@@ -1,11 +1,12 @@
 """Decide which layers get the fused kernels, and put them in: routing (GPUs) and experts.
 
-    experts="auto"   where there is a kernel, it takes the layer, and reading weights is what limits the layer
-    experts=True     the same, and a layer that can't have it is an error that says why
+    experts="auto"   where there is a kernel, it takes the layer, and is the faster one
+    experts=True     the same, faster or not, and a layer that can't have it is an error that says why
     experts=False    nowhere: there is no Lowering then
 
 On GPUs the kernels are Triton's, for up to 1,024 tokens of a forward: longer ones are prefill, which matrix
-multiplication limits. On CPUs there is only a plain one, which "auto" does not take.
+multiplication limits. On CPUs it is one of C++, for experts only, which takes any number of tokens; but with AMX, which
+it does not use, oneDNN's matmuls of bf16 are left alone where experts have many tokens each.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
+from dmoe_compile.kernels.experts_cpu import available
+from dmoe_compile.kernels.limits import MAX_TOKENS
 from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, describe
-from dmoe_compile.passes.cost import GPUS, reading_limits
+from dmoe_compile.passes.cost import GPUS, Gpu, reading_limits
 from dmoe_compile.passes.fuse_experts import SYMBOLIC, Bank, Fused, Reader, fuse
 from dmoe_compile.passes.fuse_route import Routed, Router, method_of, read, route
 from dmoe_compile.passes.limit import DECODED
-from dmoe_compile.passes.sites import Site
+from dmoe_compile.passes.region import hints
+from dmoe_compile.passes.sites import Refusal, Site
 from torch import Tensor, fx
 
 log = logging.getLogger(__name__)
+_AMX_TOKENS = 16  # a tile of AMX has 16 rows: with fewer, reading weights is what takes long
 _KERNELS = ("route", "experts", "reuse")  # they import Triton, which CPU builds of torch do not bring
-MAX_TOKENS = 1024  # of a forward that the fused kernels take; what kernels/route.py holds
 
 
 class NotFusedError(ValueError):
@@ -42,10 +47,12 @@ class Lowering:
     Attributes:
         reader: reads the experts of its sites.
         experts: the option of this name.
+        autotune: time the tiles of GPU kernels at their first call.
     """
 
     reader: Reader
     experts: Literal[True, "auto"]
+    autotune: bool = False
 
     def bank(self, site: Site) -> Bank | str:
         """Return what the fused experts take of a site, or why it keeps its own code.
@@ -60,6 +67,14 @@ class Lowering:
             )
         return found
 
+    def insist(self, refusals: Sequence[Refusal]) -> None:
+        """Raise NotFusedError where experts=True asks for layers of which the matcher made no site."""
+        if self.experts is True and refusals:
+            first = refusals[0]
+            raise NotFusedError(
+                f"experts=True, but {first.name} can't have the fused kernel: {first.reason}; use experts='auto'"
+            )
+
     def _tried(self, reading: Callable[..., Any], *args: Any) -> Any:
         """Return what was read; whatever goes wrong in a check, memory that is short too, is a reason to leave it."""
         try:
@@ -73,7 +88,7 @@ class Lowering:
         """Return why a site keeps its own experts whatever they are, "" where it need not."""
         value = site.combine.meta["val"]
         if value.device.type == "cpu":
-            return "" if self.experts is True else "on a CPU the fused op is plain PyTorch, which is no faster"
+            return "" if self.experts is True else _cpu_reason(site)
         if value.device.type != "cuda":
             return f"there is no fused kernel for {value.device.type}"
         if importlib.util.find_spec("triton") is None:
@@ -85,8 +100,7 @@ class Lowering:
             return SYMBOLIC
         if tokens > MAX_TOKENS:
             return f"{tokens} tokens are more than the {MAX_TOKENS} that the fused kernels are made for"
-        target = target_of(value.device)
-        if self.experts == "auto" and not reading_limits(site, tokens, GPUS.get(target, GPUS["sm_90"])):
+        if self.experts == "auto" and not reading_limits(site, tokens, gpu_of(value.device)):
             return f"with {tokens} tokens it is limited by arithmetic, not by reading weights"
         return ""
 
@@ -113,7 +127,8 @@ class Lowering:
         if isinstance(done, str):
             return done
         lossy = method[0] != "own" or where.step is not None
-        outcome = Outcome(site, lossy, "" if lossy else "no pass is selected")
+        reason = (settings.too_long(where.seq) if passes else "") or "no pass is selected"
+        outcome = Outcome(site, lossy, "" if lossy else reason)
         return (describe(outcome, where, settings) if lossy else outcome), done
 
     def fuse(
@@ -140,7 +155,8 @@ class Lowering:
         """
         if routed is not None:
             site = replace(site, ids=routed.ids, weights=routed.weights)
-            fused = fuse(graph, site, bank, [routed.active, routed.counts] if routed.listed else [], tracer)
+            listed = [routed.active, routed.counts] if routed.listed else []
+            fused = fuse(graph, site, bank, listed, tracer, autotune=self.autotune)
             return replace(site, combine=fused.combine), fused
         assert site.weights is not None
         chosen = site
@@ -152,7 +168,7 @@ class Lowering:
             args, key = [chosen.ids, where.step.roles], ("unrouted", site.num_experts)
             (ids,) = tracer.insert(graph, site.combine, _Unrouted(site.num_experts), args, key)
             chosen = replace(chosen, ids=ids)
-        fused = fuse(graph, chosen, bank, [], tracer)
+        fused = fuse(graph, chosen, bank, [], tracer, autotune=self.autotune)
         return replace(site, combine=fused.combine), fused
 
 
@@ -177,10 +193,24 @@ class _Unrouted:
         return torch.where(away, self.num_experts, ids.reshape(away.shape[0], -1)).reshape(ids.shape)
 
 
-def target_of(device: torch.device) -> str:
-    """Return what a GPU's kernels are compiled for, as in "sm_90" or "gfx942"."""
+def _cpu_reason(site: Site) -> str:
+    """Return why a site keeps its own experts on this CPU, "" where it need not."""
+    value = site.expert_weights[0].meta["val"]
+    if value.dtype in (torch.float32, torch.bfloat16, torch.float16) and not available(value.dtype):
+        return "the C++ kernel can't be built here"
+    if value.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        pairs = prod(hints(site.ids.meta["val"].shape))
+        if pairs / min(pairs, site.num_experts) > _AMX_TOKENS:
+            return f"its experts have over {_AMX_TOKENS} tokens each, whose matmuls AMX does faster"
+    return ""
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """Return what a GPU does at best; of one that is not listed, what an H100 does."""
     if torch.version.hip is not None:
         name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.partition(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+        target = name.partition(":")[0]
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        target = f"sm_{major}{minor}"
+    return GPUS.get(target, GPUS["sm_90"])

@@ -96,6 +96,8 @@ def run(
     tracer = Tracer(decompositions, share=not joint)
     findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
     before = set(graph.nodes)
+    if lowering is not None:
+        lowering.insist(refusals)
     banks = [lowering.bank(site) for site in sites] if lowering is not None else ["no kernel is asked for"] * len(sites)
     rows = None
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from dmoe_compile.passes.sites import FACTORIES, packet, shape
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import optimization_hint
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class Region:
     """A piece of a graph: what leads from `inputs`, and `leaves` besides, to its outputs.
 
     `nodes` are in the graph's order. `leaves` are the graph's own inputs that it reads; of `likes` it reads no values,
-    only shape and dtype, as in zeros_like(x).
+    only shape and dtype, as in zeros_like(x), or they are sizes, as in arange(n).
     """
 
     inputs: tuple[fx.Node, ...]
@@ -46,23 +47,31 @@ class Region:
             lines.append(f"{names[node]} = {node.target}({args}, {kwargs})")
         return "\n".join([*lines, *(names[node] for node in self.outputs)])
 
-    def run(self, values: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-        """Return the outputs for values of `inputs` and `leaves`, in that order, all of them on `device`."""
+    def callable(self, device: torch.device) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+        """Return what makes the outputs of values of `inputs` and `leaves`, in that order, all of them on `device`."""
         graph, env = fx.Graph(), dict[fx.Node, Any]()
         for i, node in enumerate((*self.inputs, *self.leaves)):
             env[node] = graph.placeholder(f"x{i}")
         for node in self.likes:
             value = node.meta["val"]
-            how = {"dtype": value.dtype, "device": device}
-            env[node] = graph.call_function(torch.empty_strided, (value.shape, value.stride()), how)
+            if not isinstance(value, Tensor):  # a size
+                env[node] = optimization_hint(value)
+                continue
+            how: dict[str, Any] = {"dtype": value.dtype, "device": device}
+            env[node] = graph.call_function(torch.empty_strided, (hints(value.shape), hints(value.stride())), how)
         for node in self.nodes:
             env[node] = graph.node_copy(node, env.__getitem__)
             if "device" in node.kwargs:
                 env[node].kwargs = {**env[node].kwargs, "device": device}
         graph.output([env[node] for node in self.outputs])
-        with torch.no_grad():
-            results: list[Tensor] = fx.Interpreter(fx.GraphModule(torch.nn.Module(), graph)).run(*values)
-        return results
+        interpreter = fx.Interpreter(fx.GraphModule(torch.nn.Module(), graph))
+
+        def run(values: Sequence[Tensor]) -> list[Tensor]:
+            with torch.no_grad():
+                results: list[Tensor] = interpreter.run(*values)
+            return results
+
+        return run
 
 
 def cut(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Region:
@@ -84,6 +93,11 @@ def cut(inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Region:
     order = [node for node in outputs[0].graph.nodes if node in needed]
     shapes = tuple(node for node in likes if node not in needed and node not in inputs and node not in leaves)
     return Region(tuple(inputs), tuple(sorted(leaves)), shapes, tuple(order), tuple(outputs))
+
+
+def hints(sizes: Sequence[Any]) -> tuple[int, ...]:
+    """Return sizes as numbers, of symbols those that they have in the first forward."""
+    return tuple(optimization_hint(size) for size in sizes)
 
 
 def made_up(node: fx.Node, device: torch.device, generator: torch.Generator) -> Tensor:

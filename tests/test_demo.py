@@ -27,7 +27,7 @@ SIZE = demo.Size(TEXT, canvas_length=32, dtype=torch.float32)
 
 
 def test_demo(monkeypatch):
-    """Everything one run must hold, in one test: the run compiles four times."""
+    """Everything one run must hold, in one test: the run compiles five times."""
     monkeypatch.setitem(demo.SIZES, "tiny", SIZE)
     monkeypatch.setattr(demo, "MIN_EXPERTS", 8)
     result = demo.run(demo.Settings("tiny", steps=1, repeats=2, threads=1, seed=SEED))
@@ -54,7 +54,8 @@ def check_layers(layers):
 
 
 def check_times(result):
-    for timing in (result.inductor, result.dmoe):
+    assert list(result.timings) == ["inductor", "kernel", "dmoe"]
+    for timing in result.timings.values():
         assert timing.forwards == 1
         assert len(timing.wall_s) == len(timing.decoder_s) == 2
         assert all(0 < decoder < wall for decoder, wall in zip(timing.decoder_s, timing.wall_s, strict=True))
@@ -62,7 +63,7 @@ def check_times(result):
 
 def check_rows(rows):
     rows = [json.loads(json.dumps(row)) for row in rows]
-    assert [row["kind"] for row in rows] == ["layer", "layer", "decoding", "decoding", "lossless"]
+    assert [row["kind"] for row in rows] == ["layer", "layer", *["decoding"] * 3, "lossless"]
     assert all({"device", "torch", "transformers", "size", "seed"} <= row.keys() for row in rows)
     assert {row["threads"] for row in rows} == {1}
 
@@ -71,12 +72,13 @@ def test_table_shows_predicted_bytes_and_marks_what_is_measured():
     layers = [demo.Layer(f"layer {i}", 128, 500_000, unique_before=100.0, unique_after=25.0) for i in range(2)]
     before = demo.Timing(forwards=4, wall_s=[0.2, 0.4, 0.3], decoder_s=[0.1, 0.2, 0.1])
     after = demo.Timing(forwards=4, wall_s=[0.15, 0.15, 0.9], decoder_s=[0.05, 0.05, 0.05])
-    result = demo.Result(demo.Settings(), demo.environment(), layers, before, after, tokens_equal=False)
+    timings = {"inductor": before, "kernel": before, "dmoe": after}
+    result = demo.Result(demo.Settings(), demo.environment(), layers, timings, tokens_equal=False)
     text = shown(result.table())
     assert "-75.0%" in row_of(text, "layer 0")
-    assert row_of(text, "(predicted)").split()[-3:] == ["100.0", "25.0", "-75.0%"]
-    assert row_of(text, "generate(), ms (measured)").split()[-3:] == ["300.0", "150.0", "-50.0%"]
-    assert row_of(text, "one forward, ms (measured)").split()[-3:] == ["25.00", "12.50", "-50.0%"]
+    assert row_of(text, "(predicted)").split()[-4:] == ["100.0", "100.0", "25.0", "-75.0%"]
+    assert row_of(text, "generate(), ms (measured)").split()[-4:] == ["300.0", "300.0", "150.0", "-50.0%"]
+    assert row_of(text, "one forward, ms (measured)").split()[-4:] == ["25.00", "25.00", "12.50", "-50.0%"]
     assert "NO" in row_of(text, "same tokens")
     assert "Random weights" in text
 

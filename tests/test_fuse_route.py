@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from dmoe_compile.passes import des, dmoe
 from dmoe_compile.passes.constrain import Layout, Settings
 from dmoe_compile.passes.fuse_experts import Reader
-from dmoe_compile.passes.fuse_route import Router, method_of, read
+from dmoe_compile.passes.fuse_route import Router, method_of, read, routed
 from dmoe_compile.passes.sites import find_sites
 from torch import Tensor, nn
 
@@ -133,3 +134,37 @@ def test_methods_as_the_kernel_is_told() -> None:
     assert tell({"des": des.Options("seq")}) == ("des_seq", 0.0, 4)
     assert tell({"dmoe": dmoe.Options()}, max_block_tokens=16) == ("own", 0.0, 0)
     assert "cover is no method" in tell({"cover": None})
+
+
+READINGS = [
+    (score, *groups, weighting, biased)
+    for score, groups, weighting, biased in itertools.product(
+        ("softmax", "sigmoid", "logits"), ((1, 1, "max"), (4, 2, "max"), (4, 2, "top2")),
+        ("scores", "renormalised", "softmax"), (False, True),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reading", READINGS, ids=str)
+def test_a_reading_says_what_the_kernel_does(reading: tuple[Any, ...]) -> None:
+    """A router is held against routed(): that must be what the kernel does when it is told the same."""
+    pytest.importorskip("triton")
+    from dmoe_compile.kernels.route import route
+
+    from dmoe_compile.testing.interpreter import interpreted
+
+    score, groups, top_groups, group_score, weighting, biased = reading
+    generator = torch.Generator().manual_seed(0)
+    logits, bias, scale = (torch.randn(size, generator=generator) for size in ((9, 16), (16,), (16,)))
+    if score == "logits" and weighting == "renormalised":
+        logits = logits.abs()  # a sum of weights of both signs may be near 0
+    given = bias if biased else None
+    router = Router(given, scale, score, groups, top_groups, group_score, weighting, 2.5)  # type: ignore[arg-type]
+    with interpreted():
+        ids, weights, _, _ = route(
+            logits, given, scale, None, 4, score, groups, top_groups, group_score, weighting, 2.5, "own", 0.0, 0, 1, 9,
+            32, True, 1,
+        )  # fmt: skip
+    wanted_ids, wanted = routed(logits, given, scale, 4, router)
+    assert torch.equal(ids, wanted_ids)
+    torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=1e-6)  # exp and sums of fp32 differ in the last bits

@@ -25,4 +25,4 @@ def test_in_a_process_of_its_own(file: Path, pytestconfig: pytest.Config) -> Non
 
 
 def test_there_are_some() -> None:
-    assert len(FILES) == 2
+    assert len(FILES) == 3

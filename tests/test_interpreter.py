@@ -1,4 +1,4 @@
-"""The interpreter of tests/interpreter.py: what it computes, what it catches, and that nothing of it stays."""
+"""The interpreter of Triton kernels: what it computes, counts and catches, and that nothing of it stays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch.library import triton_op, wrap_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import interpreter as stock
 
-from interpreter import _PATCHED, Launch, OutOfBounds, interpreted
+from dmoe_compile.testing.interpreter import _PATCHED, Launch, OutOfBounds, Traffic, interpreted
 
 
 @triton.jit
@@ -39,6 +39,38 @@ def test_a_launch_through_an_operator_is_interpreted() -> None:
     with interpreted() as launches:
         assert torch.equal(torch.ops.dmoe_tests.copy(x), x)
     assert launches == [Launch("_copy_kernel", (7, 1, 1))]
+
+
+def test_traffic_is_counted_by_request_by_sector_and_by_wave() -> None:
+    """40 floats in three programs; and 16 again and again, by stride 0, in three programs of which two run at once."""
+    x, out = torch.randn(40), torch.empty(40)
+    with interpreted(wave=2) as launches:
+        wrap_triton(_copy_kernel)[(3,)](x, out, 0, 40, 33, BLOCK=16)
+        wrap_triton(_product_kernel)[(3,)](x, out, BLOCK=16)
+    copied, multiplied = launches
+    assert copied.traffic == {"x_ptr": Traffic(160, 160, 160), "out_ptr": Traffic(33 * 4, 5 * 32, 5 * 32)}
+    assert copied.flops == 0
+    assert multiplied.traffic == dict.fromkeys(["x_ptr", "out_ptr"], Traffic(3 * 256 * 4, 64, 2 * 64))
+    assert multiplied.flops == 3 * 2 * 16**3
+
+
+def test_traffic_is_not_counted_unless_asked_for() -> None:
+    with interpreted() as launches:
+        copy(torch.randn(33))
+    assert not launches[0].traffic
+
+
+@pytest.mark.parametrize("wrong", [{"wave": 0}, {"wave": 2, "seed": 1}, {"wave": 2, "check_bounds": False}], ids=str)
+def test_traffic_that_cannot_be_counted_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="traffic is counted for waves"), interpreted(**wrong):
+        pass
+
+
+@triton.jit
+def _product_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)[None, :] + 0 * tl.arange(0, BLOCK)[:, None]
+    x = tl.load(x_ptr + at)
+    tl.store(out_ptr + at, tl.dot(x, x, input_precision="ieee"))
 
 
 def test_a_launch_through_wrap_triton_is_interpreted() -> None:

@@ -40,7 +40,7 @@ def test_it_runs_by_itself(graph: fx.Graph) -> None:
     (output,) = graph.output_node().all_input_nodes
     region = cut([node(graph, aten.relu)], [output])
     hidden, weight = torch.randn(3, 2), torch.randn(2, 2)
-    (out,) = region.run([hidden, weight], CPU)
+    (out,) = region.callable(CPU)([hidden, weight])
     assert torch.allclose(out, (hidden @ weight) * 2.5 + 1)
 
 

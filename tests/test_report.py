@@ -186,9 +186,11 @@ class TestText(expecttest.TestCase):
 2 mixture-of-experts sites in 1 graph
   first: rewritten
     2 of 8 experts by softmax, batched_mm, 0.000977 MiB each; block 8; unique experts 8 -> 6
+    experts: fused
     note: no 2D attention_mask input: every token votes and blocks start at position 0
   second: rewritten
     2 of 8 experts by sigmoid + bias, 2 of 4 groups, batched_mm, 0.000977 MiB each; block 8; unique experts 8 -> 5
+    experts: fused
     note: no 2D attention_mask input: every token votes and blocks start at position 0""",
         )
 

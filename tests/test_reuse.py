@@ -16,9 +16,9 @@ from dmoe_compile.passes.team import reused
 from torch import Tensor
 from triton.runtime.interpreter import TensorHandle
 
-import interpreter
 from ahead_of_time import LOAD_128, STORE_128, TARGETS, Compiled, check_budget, compile
-from interpreter import Launch, interpreted
+from dmoe_compile.testing import interpreter
+from dmoe_compile.testing.interpreter import Launch, interpreted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

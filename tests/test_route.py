@@ -26,7 +26,7 @@ from torch.testing import assert_close
 
 import ahead_of_time
 from ahead_of_time import TARGETS
-from interpreter import interpreted
+from dmoe_compile.testing.interpreter import interpreted
 
 # Sums of at most 512 exponentials, and quotients of at most 8 weights, each rounded to fp32: 2**-24 apiece, in another
 # order than torch's. The sums of positive numbers don't cancel.

@@ -106,15 +106,15 @@ def _rows(name: str, settings: Settings, device: torch.device, gb_per_s: float, 
         calls["vLLM fused_moe"] = _vllm(block, x, shape)
     bar.advance()
     with torch.no_grad():
-        own, unique = _output(block(x)), {}
+        own, unique = output(block(x)), {}
         for way, call in calls.items():
             bar.say(f"{name}: compile {way}")
-            out = _output(call())
+            out = output(call())
             if not WAYS.get(way) or not WAYS[way].get("passes"):  # type: ignore[union-attr]
                 off = float((out.float() - own.float()).norm() / own.float().norm())
                 if not off < _TOLERANCE:
                     raise RuntimeError(f"{way} is off by {off:.2g} on {name}: a wrong kernel has no speed")
-            unique[way] = _unique(block, x, WAYS.get(way))
+            unique[way] = unique_experts(block, x, WAYS.get(way))
             bar.advance()
         bar.say(f"{name}: time")
         ms = _timed(calls, settings.calls, device)
@@ -194,12 +194,13 @@ def _vllm(block: Any, x: Tensor, shape: Shape) -> Callable[[], Any]:
     return call
 
 
-def _unique(block: nn.Module, x: Tensor, options: dict[str, Any] | None) -> int:
+def unique_experts(block: nn.Module, x: Tensor, options: dict[str, Any] | None) -> int:
     """Return the experts that a way uses, counted by the same passes without the fused kernels."""
+    import torch
+
     import dmoe_compile
 
     counted = {**(options or {}), "stats": True, "experts": False}
-    import torch
 
     dmoe_compile.routing_stats(reset=True)
     torch.compile(block, backend="dmoe", options=counted, dynamic=False, isolate_recompiles=True)(x)  # type: ignore[call-overload]
@@ -240,6 +241,7 @@ def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
 
 
-def _output(result: Any) -> Tensor:
+def output(result: Any) -> Tensor:
+    """Return what a block makes of tokens, [T, H]; some blocks return their router's logits too."""
     out: Tensor = result[0] if isinstance(result, tuple) else result
     return out.reshape(-1, out.shape[-1])

@@ -23,8 +23,9 @@ from triton.runtime import driver
 
 import dmoe_compile
 import zoo
-from fake_gpu import Capability, Generated, fake_gpu, generated
-from interpreter import OutOfBounds
+from dmoe_compile.testing.fake_gpu import Capability, fake_gpu
+from dmoe_compile.testing.generated import Generated, generated
+from dmoe_compile.testing.interpreter import OutOfBounds
 from test_backend import ATEN
 
 # fp32 differs in the order of sums, over at most 96 terms. A bf16 rounding moves a value by at most 2**-8 of itself;

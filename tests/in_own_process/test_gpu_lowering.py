@@ -17,7 +17,8 @@ from torch.testing import assert_close
 import dmoe_compile
 import zoo
 from dmoe_compile import prepare
-from fake_gpu import Generated, fake_gpu, generated
+from dmoe_compile.testing.fake_gpu import fake_gpu
+from dmoe_compile.testing.generated import Generated, generated
 from llada2 import LLaDA2
 
 S = 16

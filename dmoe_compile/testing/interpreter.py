@@ -23,9 +23,9 @@ import itertools
 import random
 import traceback
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ _PATCHED = (JITFunction, tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descrip
 # Addresses have 47 bits. Above them a pointer carries the number of the tensor that it was made from, through all
 # arithmetic: an access that leaves its tensor is seen also where it meets another one.
 _TAG = 48
+_SECTOR = 32  # bytes
 
 
 class OutOfBounds(AssertionError):
@@ -49,24 +50,55 @@ class OutOfBounds(AssertionError):
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a kernel."""
+    """One launch of a kernel.
+
+    Attributes:
+        name: of the kernel.
+        grid: its programs.
+        traffic: what it moves, by the name of the argument; empty unless that was asked for.
+        flops: multiplications and additions of its dots; 0 unless that was asked for.
+    """
 
     name: str
     grid: tuple[int, int, int]
+    traffic: Mapping[str, Traffic] = field(default_factory=dict)
+    flops: int = 0
+
+
+@dataclass
+class Traffic:
+    """Bytes that a launch moves between one of its tensors and its programs.
+
+    Attributes:
+        requested: by all loads, stores and atomics that are not masked out, each time.
+        touched: 32-byte sectors, the least that a GPU's memory moves, that are requested at all.
+        moved: likewise, once for each wave of programs that requests it: in between a cache may have lost it.
+    """
+
+    requested: int = 0
+    touched: int = 0
+    moved: int = 0
 
 
 @contextmanager
-def interpreted(*, seed: int | None = None, check_bounds: bool = True) -> Iterator[list[Launch]]:
+def interpreted(
+    *, seed: int | None = None, check_bounds: bool = True, wave: int | None = None
+) -> Iterator[list[Launch]]:
     """Interpret every launch of a @triton.jit function, and yield the list of launches so far.
 
     Args:
         seed: run the programs of each launch in an order drawn from it; None is the order of the grid.
         check_bounds: raise OutOfBounds for an access outside the kernel's tensor arguments.
+        wave: programs that run at once; given, the bytes that each launch moves and the operations of its dots are
+            counted. Takes check_bounds, and no seed.
 
     Raises:
-        ValueError: at a launch with a tensor that has no data on the CPU.
+        ValueError: for a wave that can't be counted; at a launch with a tensor that has no data on the CPU.
     """
-    interpreter = _Interpreter(None if seed is None else random.Random(seed), check_bounds)
+    if wave is not None and (wave < 1 or seed is not None or not check_bounds):
+        got = f"wave={wave}, seed={seed}, check_bounds={check_bounds}"
+        raise ValueError(f"{got}: traffic is counted for waves of 1 or more programs in order, with check_bounds")
+    interpreter = _Interpreter(None if seed is None else random.Random(seed), check_bounds, wave)
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         if not warmup:
@@ -80,30 +112,32 @@ def interpreted(*, seed: int | None = None, check_bounds: bool = True) -> Iterat
 class _Interpreter:
     """Rewrites kernels to Python functions over numpy arrays, and runs them program by program."""
 
-    def __init__(self, shuffle: random.Random | None, check_bounds: bool) -> None:
-        self.shuffle, self.check_bounds = shuffle, check_bounds
+    def __init__(self, shuffle: random.Random | None, check_bounds: bool, wave: int | None) -> None:
+        self.shuffle, self.check_bounds, self.wave = shuffle, check_bounds, wave
         self.launches: list[Launch] = []
         self.functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def launch(self, kernel: JITFunction, grid: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         bound = kernel.signature.bind(*args, **{name: x for name, x in kwargs.items() if name in kernel.arg_names})
         bound.apply_defaults()  # what is left out are options: num_warps, num_stages and the like
-        sizes = tuple(int(size) for size in (grid(bound.arguments) if callable(grid) else grid))
-        sizes = sizes + (1,) * (3 - len(sizes))
-        programs = list(itertools.product(*(range(size) for size in sizes)))
+        given = [int(size) for size in (grid(bound.arguments) if callable(grid) else grid)]
+        x, y, z = given + [1] * (3 - len(given))
+        sizes = x, y, z
+        programs = [(i, j, k) for k, j, i in itertools.product(range(z), range(y), range(x))]  # as a GPU starts them
         if self.shuffle:
             self.shuffle.shuffle(programs)
-        self.launches.append(Launch(kernel.__name__, sizes))
-        builder = _Builder(kernel.__name__, self.check_bounds)
+        builder = _Builder(kernel.__name__, self.check_bounds, self.wave is not None)
         builder.set_grid_dim(*sizes)
         constants = {param.name for param in kernel.params if param.is_constexpr}
         with self._language(builder):
             values = {
                 name: x if name in constants else builder.argument(name, x) for name, x in bound.arguments.items()
             }
-            for program in programs:
+            for number, program in enumerate(programs):
+                builder.wave = number // (self.wave or 1)
                 builder.set_grid_idx(*program)
                 self._function(kernel)(**values)
+        self.launches.append(Launch(kernel.__name__, sizes, builder.traffic(), builder.flops))
 
     @contextmanager
     def _language(self, builder: _Builder) -> Iterator[None]:
@@ -139,13 +173,20 @@ class _Interpreter:
         return function
 
 
-class _Builder(stock.InterpreterBuilder):
+class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
     """Triton's builder over numpy arrays, with the arithmetic and the checks that it lacks."""
 
-    def __init__(self, kernel: str, check_bounds: bool) -> None:
+    def __init__(self, kernel: str, check_bounds: bool, counts_traffic: bool) -> None:
         super().__init__()
-        self.kernel, self.check_bounds = kernel, check_bounds
+        self.kernel, self.check_bounds, self.counts_traffic = kernel, check_bounds, counts_traffic
         self.tensors: list[tuple[str, int, int]] = [("no tensor", 0, 0)]  # name, first address, the one behind the last
+        self.counts: dict[int, Traffic] = {}  # by number of the tensor
+        self.last: dict[int, np.ndarray] = {}  # wave that requested each sector last
+        self.wave, self.flops = 0, 0
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Return what was moved so far, by the name of the argument."""
+        return {self.tensors[number][0]: counted for number, counted in self.counts.items()}
 
     def argument(self, name: str, value: Any) -> Any:
         """Return what a kernel sees of an argument. The pointer to a tensor carries the tensor's number, see _TAG."""
@@ -207,6 +248,8 @@ class _Builder(stock.InterpreterBuilder):
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, _: int) -> TensorHandle:
         kind = a.dtype.scalar
+        if self.counts_traffic:
+            self.flops += 2 * a.data.size * b.data.shape[-1]
         if kind not in (tl.bfloat16, tl.float16, tl.float32):
             return super().create_dot(a, b, d, precision, _)
         if kind == tl.float32 and precision != ir.INPUT_PRECISION.IEEE:
@@ -239,6 +282,8 @@ class _Builder(stock.InterpreterBuilder):
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         outside = ((address < first) | (address + size > end)) & mask.data
         if not outside.any():
+            if self.counts_traffic:
+                self._count(address, number, size, mask.data)
             return TensorHandle(address.astype(np.uint64), ptrs.dtype)
         lane = np.flatnonzero(outside)[0]
         at, first, end = (int(each.flat[lane]) for each in (address, first, end))
@@ -250,6 +295,20 @@ class _Builder(stock.InterpreterBuilder):
             f"{self.kernel}, program {self.grid_idx}: {what} of {size} bytes, {far} {tensor}, "
             f"{outside.sum()} of {outside.size} lanes; {code.filename}:{code.lineno}: {code.line}"
         )
+
+    def _count(self, address: np.ndarray, number: np.ndarray, size: int, mask: np.ndarray) -> None:
+        address, number, mask = np.broadcast_arrays(address, number, mask)
+        for tensor in np.unique(number[mask]).tolist():
+            _, first, end = self.tensors[tensor]
+            start = first // _SECTOR
+            last = self.last.setdefault(tensor, np.full(-(-end // _SECTOR) - start, -1))
+            counted = self.counts.setdefault(tensor, Traffic())
+            mine = address[mask & (number == tensor)]
+            sectors = np.unique(mine // _SECTOR - start)
+            counted.requested += mine.size * size
+            counted.touched += int((last[sectors] < 0).sum()) * _SECTOR
+            counted.moved += int((last[sectors] < self.wave).sum()) * _SECTOR
+            last[sectors] = self.wave
 
 
 def _to_fp32(bits: np.ndarray) -> np.ndarray:
@@ -273,7 +332,8 @@ def _to_odd(value: np.ndarray, rest: np.ndarray) -> np.ndarray:
 
     Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums", IEEE Trans. Computers 57:462.
     """
-    even = value.view(np.uint32 if value.dtype == np.float32 else np.uint64) & 1 == 0
+    bits: Any = value.view(np.uint32 if value.dtype == np.float32 else np.uint64)
+    even = bits & 1 == 0
     neighbour = np.nextafter(value, np.copysign(np.inf, rest).astype(value.dtype))
     return np.where(even & (rest != 0) & np.isfinite(value), neighbour, value)
 

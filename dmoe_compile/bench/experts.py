@@ -1,0 +1,285 @@
+"""The experts of one mixture-of-experts layer on a CPU, at published widths: the kernel against what users have.
+
+A row is one published shape, dtype, number of tokens, and number of distinct experts that they are routed to. Ways are
+timed in turn with two probes: a linear read of the same experts by all threads, and multiply-adds in registers.
+
+    roofline   the longer of two times: to read the experts in use at the first probe's speed, and to do the layer's
+               floating-point operations at the second's
+    fraction   the roofline as a share of the kernel's time
+    regime     memory-bound where reading takes twice as long as multiplying or longer, compute-bound the other way
+               round, else balanced
+    over ...   how many times as long another way takes: transformers' experts by grouped_mm, eager and through
+               Inductor, and its loop over experts, one matmul after another
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import exp, log
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from dmoe_compile.bench import Bar, Row, describe, environment
+from dmoe_compile.bench.gpu import SHAPES, TINY, Shape
+
+if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
+    from rich.table import Table
+    from torch import Tensor, nn
+
+NAMES = tuple(SHAPES)
+TOKENS = (32, 64, 128, 256)
+DISTINCT = (0, 70, 40, 15, 8)  # experts; 0: as many as random routing uses
+DTYPES = ("bfloat16", "float32")
+_GELU_TANH = "DiffusionGemma-26B"
+WAYS = ("grouped_mm", "inductor", "loop")
+# Geometric means of `fraction` and of `over grouped_mm` that the kernel is written for.
+GOALS = {
+    ("memory-bound", "bfloat16"): (0.95, 2.5), ("balanced", "bfloat16"): (0.75, 2.2),
+    ("compute-bound", "bfloat16"): (0.85, 1.5), ("memory-bound", "float32"): (0.95, 4.0),
+    ("balanced", "float32"): (0.75, None), ("compute-bound", "float32"): (0.75, None),
+}  # fmt: skip
+_TOLERANCE = {"bfloat16": 0.01, "float32": 1e-5}  # root mean square, relative to fp32
+_PROBE_STEPS = 1_000_000  # some 7 ms: starting threads takes a tenth of one
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure: shapes, tokens, distinct experts (0 for all), dtypes, timed calls, and the instruction set."""
+
+    shapes: tuple[str, ...] = NAMES
+    tokens: tuple[int, ...] = TOKENS
+    distinct: tuple[int, ...] = DISTINCT
+    dtypes: tuple[str, ...] = DTYPES
+    calls: int = 20
+    isa: Any = None
+    inductor: bool = True
+
+    def __post_init__(self) -> None:
+        from typing import get_args
+
+        from dmoe_compile.kernels.experts_cpu import Isa
+
+        for name, given, known in (
+            ("shapes", self.shapes, (*SHAPES, "tiny")),
+            ("dtypes", self.dtypes, DTYPES),
+            ("isa", () if self.isa is None else (self.isa,), get_args(Isa)),
+        ):
+            for value in given:
+                if value not in known:
+                    raise ValueError(f"{name} has {value!r}, but must be of: {', '.join(known)}")
+        if self.calls < 1 or min(self.tokens, default=0) < 1 or min(self.distinct, default=-1) < 0:
+            got = f"calls={self.calls}, tokens={self.tokens}, distinct={self.distinct}"
+            raise ValueError(f"{got}: there must be at least one call, one token, and no negative number of experts")
+
+
+def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
+    """Return a row for each shape, dtype, number of tokens and number of distinct experts."""
+    import torch
+
+    from dmoe_compile.kernels.experts_cpu import best_isa
+
+    env = environment() | {"isa": settings.isa or best_isa(), "calls": settings.calls}
+    cases = [(name, dtype) for dtype in settings.dtypes for name in settings.shapes]
+    bar = Bar(progress, total=sum(len(_sizes(settings, SHAPES.get(name, TINY))) for name, _ in cases))
+    with torch.no_grad():
+        return [env | row for name, dtype in cases for row in _rows(name, dtype, settings, bar)]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return the rows of run() as a table."""
+    from rich.table import Table
+
+    columns = (
+        "shape",
+        "dtype",
+        "tokens",
+        "experts",
+        "regime",
+        "ms",
+        "GB/s",
+        "fraction",
+        *(f"over {way}" for way in WAYS),
+    )
+    first = rows[0]
+    out = Table(
+        *columns, title="The experts of one layer: medians of interleaved calls",
+        caption=describe(first), caption_justify="left",
+    )  # fmt: skip
+    for row in rows:
+        over = (f"{row['over'][way]:.2f}x" if way in row["over"] else "" for way in WAYS)
+        size = row["shape"], row["dtype"], str(row["tokens"]), str(row["unique"]), row["regime"]
+        out.add_row(*size, f"{row['ms']['dmoe']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['fraction']:.0%}", *over)
+    return out
+
+
+def summary(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield geometric means beside the goals, by regime and dtype."""
+    for (regime, dtype), (goal, goal_over) in GOALS.items():
+        own = [row for row in rows if (row["regime"], row["dtype"]) == (regime, dtype)]
+        if not own:
+            continue
+        fraction, over = _mean(row["fraction"] for row in own), _mean(row["over"]["grouped_mm"] for row in own)
+        beside = "" if goal_over is None else f" (goal {goal_over}x)"
+        reached = f"{fraction:.2f} of the roofline (goal {goal}), {over:.2f}x over grouped_mm{beside}"
+        yield f"{regime}, {dtype}: {reached}, {len(own)} rows"
+
+
+def _rows(name: str, dtype: str, settings: Settings, bar: Bar) -> Iterator[Row]:
+    import torch
+
+    shape = SHAPES.get(name, TINY)
+    bar.say(f"{name}, {dtype}: build")
+    experts = build(shape, getattr(torch, dtype), "gelu_pytorch_tanh" if name == _GELU_TANH else "silu")
+    for tokens, distinct in _sizes(settings, shape):
+        bar.say(f"{name}, {dtype}: {tokens} tokens")
+        hidden, ids, weights = draw(shape, tokens, distinct, getattr(torch, dtype))
+        ways = dict(_ways(experts, settings))
+        calls = {way: partial(call, hidden, ids, weights) for way, call in ways.items()}
+        _verify(calls, experts, (hidden, ids, weights), dtype)
+        used = ids.unique().tolist()
+        flops_of_probe, probes = _probes(experts, used, dtype, settings)
+        ms = {way: median(times) for way, times in _timed(calls | probes, settings.calls).items()}
+        flops = 6 * tokens * shape.top_k * shape.hidden * shape.width
+        size = len(used) * 3 * shape.hidden * shape.width * hidden.element_size()
+        compute_ms = ms["multiply"] * flops / flops_of_probe
+        roofline = max(ms["read"], compute_ms)
+        yield {
+            "shape": name, **asdict(shape), "dtype": dtype, "tokens": tokens, "distinct": distinct, "unique": len(used),
+            "ms": ms, "gb_per_s": size / ms["dmoe"] / 1e6, "read_gb_per_s": size / ms["read"] / 1e6,
+            "gflop_per_s": flops / ms["dmoe"] / 1e6, "peak_gflop_per_s": flops_of_probe / ms["multiply"] / 1e6,
+            "regime": regime(ms["read"], compute_ms), "roofline_ms": roofline, "fraction": roofline / ms["dmoe"],
+            "over": {way: ms[way] / ms["dmoe"] for way in WAYS if way in ms},
+        }  # fmt: skip
+        bar.advance()
+
+
+def regime(read_ms: float, compute_ms: float) -> str:
+    """Return which of the two limits a layer is near."""
+    if read_ms >= 2 * compute_ms:
+        return "memory-bound"
+    return "compute-bound" if compute_ms >= 2 * read_ms else "balanced"
+
+
+def build(shape: Shape, dtype: torch.dtype, activation: str) -> nn.Module:
+    """Return transformers' experts of a shape, with random weights, in no more memory than they take."""
+    import torch
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(
+        hidden_size=shape.hidden, moe_intermediate_size=shape.width, num_experts=shape.num_experts,
+        num_experts_per_tok=shape.top_k, hidden_act=activation,
+    )  # fmt: skip
+    config._experts_implementation = "grouped_mm"
+    with torch.device("meta"):
+        experts: nn.Module = Qwen3MoeExperts(config).to(dtype)
+    experts = experts.to_empty(device="cpu").eval()
+    torch.manual_seed(0)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return experts
+
+
+def draw(shape: Shape, tokens: int, distinct: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden, ids and weights of tokens that are routed to no more than `distinct` experts; 0 for any."""
+    import torch
+
+    generator = torch.Generator().manual_seed(tokens)
+    chosen = torch.randperm(shape.num_experts, generator=generator)[: distinct or shape.num_experts]
+    places = torch.rand(tokens, len(chosen), generator=generator).topk(min(shape.top_k, len(chosen))).indices
+    weights = torch.rand(places.shape, generator=generator).softmax(-1)
+    return torch.randn(tokens, shape.hidden, generator=generator).to(dtype), chosen[places], weights.to(dtype)
+
+
+def _ways(experts: nn.Module, settings: Settings) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+    import torch
+
+    from dmoe_compile.kernels import experts_cpu
+
+    gate_up, down = experts.gate_up_proj, experts.down_proj
+    kernel = experts_cpu.built(gate_up.dtype, settings.isa)
+    if kernel is None:
+        raise ValueError("the kernel can't be built here; the warning above says why")
+    activation = "gelu_tanh" if experts.config.hidden_act == "gelu_pytorch_tanh" else "silu"  # type: ignore[union-attr]
+    form = "concatenated", False, False, activation, 0.0, 0.0, gate_up.dtype
+
+    def dmoe(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return experts_cpu._run(kernel, hidden, ids, weights, gate_up, None, down, None, None, None, *form)  # type: ignore[arg-type]
+
+    yield "dmoe", dmoe
+    yield "grouped_mm", experts
+    if settings.inductor:
+        yield "inductor", torch.compile(experts, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
+    loop = copy.copy(experts)  # the same weights
+    loop.config = copy.copy(experts.config)
+    loop.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    yield "loop", loop
+
+
+def _verify(
+    calls: Mapping[str, Callable[[], Tensor]], experts: nn.Module, given: tuple[Tensor, ...], dtype: str
+) -> None:
+    """Hold every way against fp32 on the first tokens: all would take all experts in fp32, which are gigabytes."""
+    import torch
+
+    from dmoe_compile.kernels.experts_cpu import reference
+
+    hidden, ids, weights = (x[:4] for x in given)
+    used, places = ids.unique(return_inverse=True)
+    activation = "gelu_tanh" if experts.config.hidden_act == "gelu_pytorch_tanh" else "silu"  # type: ignore[union-attr]
+    bank = experts.gate_up_proj[used], None, experts.down_proj[used], None, None, None  # type: ignore[index]
+    truth = reference(hidden, places, weights, *bank, "concatenated", False, False, activation, 0.0, 0.0)
+    for way, call in calls.items():
+        off = float(torch.norm(call()[:4].float() - truth) / torch.norm(truth))
+        if not off < _TOLERANCE[dtype]:
+            raise RuntimeError(f"{way} is off by {off:.2g} in {dtype}: a wrong kernel has no speed")
+
+
+def _probes(experts: nn.Module, used: Sequence[int], dtype: str, settings: Settings) -> tuple[float, dict[str, Any]]:
+    """Return what the second probe does, in floating-point operations, and both probes."""
+    import torch
+
+    from dmoe_compile.kernels.experts_cpu import _FLAGS, best_isa
+    from dmoe_compile.kernels.native import library
+
+    isa = settings.isa or best_isa()
+    probes = library("probes", (*_FLAGS[isa], "-ffp-contract=fast"))
+    assert probes is not None  # the kernel has been built
+    probes.multiply.restype = ctypes.c_double
+    threads = torch.get_num_threads()
+    read = [bank[e] for bank in (experts.gate_up_proj, experts.down_proj) for e in used]  # type: ignore[index]
+    ranges = (ctypes.c_void_p * len(read))(*(x.data_ptr() for x in read))
+    sizes = (ctypes.c_int64 * len(read))(*(x.nbytes for x in read))
+    steps = ctypes.c_int64(_PROBE_STEPS), int(dtype == "bfloat16"), threads
+    return probes.multiply(*steps), {
+        "read": partial(probes.read, ranges, sizes, ctypes.c_int64(len(read)), threads),
+        "multiply": partial(probes.multiply, *steps),
+    }
+
+
+def _timed(calls: dict[str, Callable[[], Any]], number: int) -> dict[str, list[float]]:
+    """Return ms of every call, in turn: a machine that slows down slows all of them."""
+    ms: dict[str, list[float]] = {way: [] for way in calls}
+    for _ in range(number):
+        for way, call in calls.items():
+            start = time.perf_counter()
+            call()
+            ms[way].append((time.perf_counter() - start) * 1e3)
+    return ms
+
+
+def _sizes(settings: Settings, shape: Shape) -> list[tuple[int, int]]:
+    """Return tokens and distinct experts, of no less than a shape's own tokens and no more experts than it has."""
+    fits = [each for each in settings.distinct if shape.top_k <= each <= shape.num_experts or each == 0]
+    return [(tokens, each) for tokens in settings.tokens if tokens >= shape.tokens for each in fits]
+
+
+def _mean(values: Iterable[float]) -> float:
+    return exp(fmean(log(value) for value in values))

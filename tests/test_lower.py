@@ -1,0 +1,263 @@
+"""Which layers get the fused kernels, as decided from shapes, dtypes, devices and options."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from dmoe_compile.kernels.limits import MAX_TOKENS
+from dmoe_compile.passes import lower
+from dmoe_compile.passes.constrain import Layout, Settings
+from dmoe_compile.passes.cost import GPUS
+from dmoe_compile.passes.fuse_experts import Reader
+from dmoe_compile.passes.lower import Lowering, NotFusedError
+from dmoe_compile.passes.sites import Refusal, Site, Sources
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+
+import dmoe_compile
+import zoo
+from dmoe_compile import Config, backend
+from reference_model import Rewriting
+
+S = 8
+
+
+@pytest.fixture
+def site() -> Site:
+    watch = Rewriting(passes=[], experts=False)
+    block = zoo.build("qwen3_moe").model.layers[0].mlp
+    with torch.no_grad():
+        torch.compile(block, backend=watch)(torch.randn(1, S, zoo.HIDDEN))
+    return watch.outcomes[0].site
+
+
+@pytest.fixture
+def h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower, "gpu_of", lambda device: GPUS["sm_90"])
+
+
+def on(site: Site, device: str, tokens: int = S, dtype: torch.dtype = torch.bfloat16) -> Site:
+    """Return a site as it would be on another device, of another width, and with more tokens."""
+
+    def moved(node: Any, *size: int, to: torch.dtype = dtype) -> Any:
+        other = torch.fx.Graph().placeholder(node.name)
+        shape = size or node.meta["val"].shape
+        with torch._subclasses.FakeTensorMode():
+            other.meta["val"] = torch.empty(shape, dtype=to, device=device)
+        return other
+
+    combine = moved(site.combine, tokens, zoo.HIDDEN)
+    weights = tuple(moved(weight) for weight in site.expert_weights)
+    ids = moved(site.ids, tokens, site.top_k, to=torch.int64)
+    return dataclasses.replace(site, combine=combine, expert_weights=weights, ids=ids)
+
+
+def auto(**how: Any) -> Lowering:
+    return Lowering(Reader(Sources({}, frozenset())), **{"experts": "auto", **how})
+
+
+@pytest.mark.usefixtures("h100")
+def test_where_reading_limits_the_layer_a_gpu_gets_the_kernel(site: Site) -> None:
+    assert auto()._reason(on(site, "cuda")) == ""
+
+
+@pytest.mark.usefixtures("h100")
+def test_exact_fp32_is_slower_than_half_precision(site: Site) -> None:
+    """16 experts, 4 a token: 400 tokens are 100 for each, 100 FLOP a byte of bf16 and 50 of fp32.
+
+    An H100 does 295 of the one before reading is the shorter part, and 20 of the other.
+    """
+    assert auto()._reason(on(site, "cuda", 400)) == ""
+    reason = auto()._reason(on(site, "cuda", 400, torch.float32))
+    assert reason == "with 400 tokens it is limited by arithmetic, not by reading weights"
+    assert auto(experts=True)._reason(on(site, "cuda", 400, torch.float32)) == ""
+
+
+@pytest.mark.usefixtures("h100")
+def test_longer_forwards_than_the_kernels_take(site: Site) -> None:
+    many = MAX_TOKENS + 1
+    assert f"{many} tokens are more than the {MAX_TOKENS}" in auto()._reason(on(site, "cuda", many))
+
+
+def test_other_devices_have_no_kernel(site: Site) -> None:
+    assert auto()._reason(on(site, "xpu")) == "there is no fused kernel for xpu"
+
+
+def test_without_triton_a_gpu_has_none(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "Triton is not installed" in auto()._reason(on(site, "cuda"))
+
+
+def test_insisting_names_the_layer_and_the_way_out(site: Site) -> None:
+    with pytest.raises(NotFusedError, match=r"experts=True, but .* can't have .* for xpu; use experts='auto'"):
+        auto(experts=True).bank(on(site, "xpu"))
+    with pytest.raises(NotFusedError, match=r"experts=True, but mlp can't .*: no top-k; use experts='auto'"):
+        auto(experts=True).insist([Refusal("mlp", "no top-k")])
+    auto().insist([Refusal("mlp", "no top-k")])
+
+
+def test_insisting_on_a_refused_layer_is_an_error() -> None:
+    """Half of its experts get no token of this router: the matcher makes no site of it."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mlp = zoo.build("qwen3_moe").model.layers[0].mlp
+
+        def forward(self, x: torch.Tensor) -> Any:
+            values, ids = x.topk(2, dim=-1)
+            return self.mlp.experts(x.reshape(-1, zoo.HIDDEN), ids.reshape(-1, 2), values.reshape(-1, 2))
+
+    with torch.no_grad(), pytest.raises(BackendCompilerFailed, match="experts=True, but"):
+        torch.compile(Odd(), backend="dmoe", options={"experts": True})(torch.rand(1, S, zoo.HIDDEN))
+
+
+def test_insisting_where_there_is_no_layer_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.no_grad():
+        torch.compile(nn.Linear(4, 4), backend="dmoe", options={"experts": True})(torch.randn(1, 4))
+    assert [record.message for record in caplog.records if "no mixture-of-experts layer" in record.message]
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "dmoe_compile.compile"])
+def test_insisting_makes_loops_traceable(way: str) -> None:
+    from llada2 import LLaDA2
+
+    config = dict(
+        vocab_size=32, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1,
+        first_k_dense_replace=0, num_attention_heads=2, num_key_value_heads=1, head_dim=16, use_qkv_bias=False,
+        use_bias=False, rms_norm_eps=1e-6, partial_rotary_factor=0.5, rope_theta=1e4, num_experts=8,
+        num_experts_per_tok=2, num_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    block = LLaDA2(**config).eval().model.layers[0].mlp
+    x = torch.randn(1, S, 32)
+    with torch.no_grad():
+        own = block(x)[0]
+        if way == "torch.compile":
+            compiled = torch.compile(block, backend="dmoe", options={"experts": True}, fullgraph=True)
+        else:
+            compiled = dmoe_compile.compile(block, Config(experts=True), fullgraph=True)
+        torch.testing.assert_close(compiled(x)[0], own, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, False), ({"mode": "max-autotune"}, True), ({"mode": "reduce-overhead"}, False),
+        ({"max_autotune": True}, True), ({"mode": "max-autotune", "max_autotune": False}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_kernels_are_tuned_where_inductor_is(options: dict[str, Any], wanted: bool) -> None:
+    assert backend._autotunes(Config.from_options(options)) is wanted
+
+
+def test_explain_says_what_is_fused_and_insists_on_nothing() -> None:
+    model, inputs = zoo.build("qwen3_moe", num_layers=1), zoo.inputs("qwen3_moe", batch=1, seq=S)
+    report = dmoe_compile.explain(model, config=Config(experts=True), **inputs)
+    (found,) = report.sites
+    assert found.fused == (not found.own_experts)
+    assert ("experts: fused" if found.fused else f"their own code: {found.own_experts}") in str(report)
+    own = dmoe_compile.explain(model, config=Config(experts=False), **inputs)
+    assert not own.sites[0].fused
+    assert "their own code: " in str(own)
+
+
+def test_a_forward_that_is_too_long_says_so_where_routing_is_fused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(lower, "route", lambda *args: "routed")
+    monkeypatch.setattr(Lowering, "_tried", lambda self, reading, *args: None)
+    where, settings = Layout(None, 1, S, None), Settings(max_block_tokens=4)
+    here = on(site, "cuda")
+    tracer: Any = None
+    graph: Any = None
+    monkeypatch.setattr(lower, "route", lambda *args: object())
+    done = auto().route(graph, here, where, {"dmoe": None}, settings, tracer)
+    assert not isinstance(done, str)
+    assert done[0].reason == "8 tokens a sequence are more than max_block_tokens=4"
+
+
+def decoded(model: nn.Module, inputs: dict[str, Any], compiled: Any, steps: int = 4) -> list[torch.Tensor]:
+    """Return the tokens of a few steps of greedy parallel decoding: each step reads what the one before chose."""
+    name = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    found = [inputs[name]]
+    with torch.no_grad():
+        for _ in range(steps):
+            found.append(compiled(**{**inputs, name: found[-1]}).logits.argmax(-1))
+    return found
+
+
+@pytest.mark.parametrize("experts", zoo.EXPERTS)
+@pytest.mark.parametrize("name", zoo.ROUTABLE)
+def test_every_model_decodes_the_same_tokens_with_and_without(name: str, experts: zoo.Experts) -> None:
+    """In fp32, by the rewritten graph without Inductor."""
+    model = zoo.build(name, experts)
+    inputs = zoo.inputs(name, batch=2, seq=S)
+    watch = Rewriting(passes=[])
+    with_kernel = decoded(model, inputs, torch.compile(model, backend=watch))
+    assert all(not outcome.own_experts for outcome in watch.outcomes)
+    for ours, own in zip(with_kernel, decoded(model, inputs, model), strict=True):
+        assert torch.equal(ours, own)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", zoo.ROUTABLE)
+def test_every_model_decodes_the_same_tokens_through_inductor(name: str, dynamic: bool) -> None:
+    model = zoo.build(name)
+    inputs = zoo.inputs(name, batch=2, seq=S)
+    ours, own = (
+        decoded(model, inputs, torch.compile(model, backend="dmoe", dynamic=dynamic, options={"experts": experts}))
+        for experts in (True, False)
+    )
+    for each, other in zip(ours, own, strict=True):
+        assert torch.equal(each, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_cpu_the_kernel_is_the_default_and_takes_any_number_of_tokens(dtype: torch.dtype) -> None:
+    """One graph of symbolic sizes; the result is in the dtype that the model's own is in."""
+    block = zoo.build("qwen3_moe", dtype=dtype).model.layers[0].mlp
+    watch = Rewriting(passes=[])
+    compiled = torch.compile(block, backend=watch, dynamic=True)
+    for batch, seq in ((2, S), (3, 5), (4, 40)):
+        x = torch.randn(batch, seq, zoo.HIDDEN).to(dtype)
+        with torch.no_grad():
+            out, own = compiled(x), block(x)
+        assert out.dtype == own.dtype
+        torch.testing.assert_close(out, own, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert len(watch.graphs) == 1
+    assert "dmoe.experts_cpu" in str(watch.graphs[0].graph)
+
+
+# Sums in another order; in half precision each expert's result is rounded once less than in the model.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
+
+
+def test_without_a_compiler_a_model_keeps_its_own_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower, "available", lambda dtype: False)
+    watch = Rewriting(passes=[])
+    block = zoo.build("qwen3_moe").model.layers[0].mlp
+    with torch.no_grad():
+        torch.compile(block, backend=watch)(torch.randn(1, S, zoo.HIDDEN))
+    assert watch.outcomes[0].own_experts == "the C++ kernel can't be built here"
+    assert "grouped_mm" in str(watch.graphs[0].graph)
+
+
+def test_amx_is_left_to_onednn_where_experts_have_many_tokens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(lower, "available", lambda dtype: True)
+    few, many = on(site, "cpu", 64), on(site, "cpu", 65)  # 16 experts, 4 a token
+    assert lower._cpu_reason(few) == ""
+    assert "over 16 tokens each" in lower._cpu_reason(many)
+    assert lower._cpu_reason(on(site, "cpu", 65, torch.float32)) == ""
+
+
+def test_a_graph_without_a_router_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "rewrite", lambda *args: pytest.fail("it was"))
+    with torch.no_grad():
+        torch.compile(nn.Linear(4, 4), backend="dmoe")(torch.randn(2, 4))
