@@ -37,9 +37,10 @@ class Config:
         max_block_tokens: forwards with more tokens a sequence than this are left alone; None rewrites all.
         scope: "block": the tokens of a block share a coreset. "batch": all tokens of a forward share one, whatever
             its sequences, so that they read no more experts than it has.
-        experts: the fused kernels, for experts and (on GPUs) routing. "auto" uses them where they take the layer and
-            are faster: on GPUs, in forwards of up to 1,024 tokens. True insists, and is an error where they can't be
-            had, False never uses them. They choose the same experts and round otherwise.
+        experts: the fused kernels, for experts and (on GPUs) routing, with or without a pass. "auto" uses them where
+            they take the layer and are faster: on GPUs, in forwards of up to 1,024 tokens; on CPUs, wherever a C++
+            compiler is there. True insists, and is an error where they can't be had, False never uses them. They
+            choose the same experts and round otherwise.
         verify_experts: hold what was read of a layer's experts against what they compute, before a fused kernel takes
             their place.
         stats: record unique experts per site and forward, see routing_stats().
