@@ -119,7 +119,7 @@ def load_block(block: MoeBlock, weights: Mapping[str, Tensor]) -> MoeBlock:
 
 
 class Rewriting:
-    """A torch.compile backend: the rewritten graph run as it is, without Inductor.
+    """A torch.compile backend: the rewritten graph run as it is, without Inductor, and by default with its own experts.
 
     Attributes:
         findings: what the passes found, one for each graph.
@@ -131,7 +131,7 @@ class Rewriting:
     """
 
     def __init__(self, **options: Any) -> None:
-        self.config = Config.from_options({"passes": ["dmoe"], **options})
+        self.config = Config.from_options({"passes": ["dmoe"], "experts": False, **options})
         self.findings: list[Findings] = []
         self.graphs: list[fx.GraphModule] = []
         self.ranked: list[Tensor] = []

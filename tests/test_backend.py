@@ -26,7 +26,7 @@ from dmoe_compile import Config, backend
 BLOCK = 8
 POLICY = Options(top_p=0.3, min_experts=3)  # 3 of 8 experts: every block of 8 tokens would use more
 DMOE = {"passes": ["dmoe"], "block_length": BLOCK, "dmoe.top_p": 0.3, "dmoe.min_experts": 3}
-ALL_EXPERTS = {**DMOE, "dmoe.min_experts": 2**31}
+ALL_EXPERTS = {**DMOE, "dmoe.min_experts": 2**31, "experts": False}
 ATEN = {
     "fallback_by_default": True
 }  # Inductor then calls ATen and generates no C++: fast where its code is not the point
@@ -372,9 +372,12 @@ def test_user_passes_may_be_several_plain_functions(x):
 # Lossless unless asked.
 
 
-@pytest.mark.parametrize("options", [LOSSLESS, None], ids=["experts=False", "no options"])
-@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
-def test_without_passes_it_is_plain_inductor(options, grad, x, handed):
+@pytest.mark.parametrize(
+    ("options", "grad"),
+    [(LOSSLESS, False), (LOSSLESS, True), (None, True)],
+    ids=["experts=False", "experts=False and gradients", "no options and gradients"],
+)
+def test_without_passes_and_kernels_it_is_plain_inductor(options, grad, x, handed):
     model, own = TinyMoE(), []
 
     def spy(gm, example_inputs):
@@ -387,12 +390,20 @@ def test_without_passes_it_is_plain_inductor(options, grad, x, handed):
 
 
 @torch.no_grad()
+def test_without_options_experts_are_fused_and_routed_as_ever(x, handed):
+    """Sums of fp32 in another order are all that differs."""
+    model = TinyMoE()
+    assert_close(torch.compile(model, backend="dmoe")(x), model(x), **INDUCTOR)
+    assert "dmoe.experts_cpu" in handed[0][0].code
+
+
+@torch.no_grad()
 def test_a_site_left_alone_is_plain_inductor(x, handed, warnings):
     model, own = TinyMoE(), []
 
     def spy(gm, example_inputs):
         own.append(gm)
-        return backend.dmoe(gm, example_inputs, options={**DMOE, "max_block_tokens": 16})
+        return backend.dmoe(gm, example_inputs, options={**DMOE, "max_block_tokens": 16, "experts": False})
 
     assert torch.equal(torch.compile(model, backend=spy)(x), torch.compile(model)(x))
     assert handed[0][0] is own[0]

@@ -183,7 +183,7 @@ def test_demo_exits_with_1_when_tokens_differ(monkeypatch, tmp_path, tokens_equa
         seen.append(settings)
         timing = demo.Timing(forwards=2, wall_s=[0.5], decoder_s=[0.25])
         layer = demo.Layer("layer", 128, 1000, unique_before=100.0, unique_after=20.0)
-        return demo.Result(settings, {**demo.environment()}, [layer], timing, timing, tokens_equal)
+        return demo.Result(settings, {**demo.environment()}, [layer], dict.fromkeys(demo.TIMED, timing), tokens_equal)
 
     monkeypatch.setattr(demo, "run", run)
     path = tmp_path / "out.jsonl"

@@ -197,7 +197,7 @@ def test_every_model_decodes_the_same_tokens_with_and_without(name: str, experts
     """In fp32, by the rewritten graph without Inductor."""
     model = zoo.build(name, experts)
     inputs = zoo.inputs(name, batch=2, seq=S)
-    watch = Rewriting(passes=[])
+    watch = Rewriting(passes=[], experts="auto")
     with_kernel = decoded(model, inputs, torch.compile(model, backend=watch))
     assert all(not outcome.own_experts for outcome in watch.outcomes)
     for ours, own in zip(with_kernel, decoded(model, inputs, model), strict=True):
@@ -222,7 +222,7 @@ def test_every_model_decodes_the_same_tokens_through_inductor(name: str, dynamic
 def test_on_a_cpu_the_kernel_is_the_default_and_takes_any_number_of_tokens(dtype: torch.dtype) -> None:
     """One graph of symbolic sizes; the result is in the dtype that the model's own is in."""
     block = zoo.build("qwen3_moe", dtype=dtype).model.layers[0].mlp
-    watch = Rewriting(passes=[])
+    watch = Rewriting(passes=[], experts="auto")
     compiled = torch.compile(block, backend=watch, dynamic=True)
     for batch, seq in ((2, S), (3, 5), (4, 40)):
         x = torch.randn(batch, seq, zoo.HIDDEN).to(dtype)
@@ -240,7 +240,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-5, torch.float16: 2**-8}
 
 def test_without_a_compiler_a_model_keeps_its_own_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower, "available", lambda dtype: False)
-    watch = Rewriting(passes=[])
+    watch = Rewriting(passes=[], experts="auto")
     block = zoo.build("qwen3_moe").model.layers[0].mlp
     with torch.no_grad():
         torch.compile(block, backend=watch)(torch.randn(1, S, zoo.HIDDEN))
