@@ -317,6 +317,7 @@ def gpu(
 @bench.command("gpu-model")
 def gpu_model(
     shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    coresets: Annotated[str, typer.Option(help="Smallest coresets of the dmoe pass; 0 is no pass.")] = "0,30,15",
     bandwidth_share: Annotated[float, typer.Option(help="Assumed: of the vendor's bandwidth that is reached.")] = 0.8,
     launch_us: Annotated[float, typer.Option(help="Assumed: microseconds that a launch costs.")] = 1.5,
     json: Json = None,
@@ -326,7 +327,8 @@ def gpu_model(
         from dmoe_compile.bench import gpu_model as figure
 
         names = tuple(figure.SHAPES) if shapes is None else tuple(name.strip() for name in shapes.split(","))
-        settings = figure.Settings(names, bandwidth_share=bandwidth_share, launch_us=launch_us)
+        sizes = tuple(int(size) for size in coresets.split(","))
+        settings = figure.Settings(names, sizes, bandwidth_share, launch_us)
     with _progress() as progress:
         rows = figure.run(settings, progress)
     _show(figure.table(rows), rows, json)
