@@ -80,7 +80,9 @@ def test_decoded_tokens_are_multiplied_by_nobody(name: str) -> None:
     hidden = forms.CONFIG["hidden_size"] if name in forms.FORMS else zoo.HIDDEN
     inputs = torch.randn(3, B, S, hidden)
     with skipped() as said, rows_multiplied() as rows, dmoe_compile.denoising() as context:
-        compiled = torch.compile(block, backend="dmoe", options={"passes": ["team"], **ATEN}, fullgraph=True)
+        compiled = torch.compile(
+            block, backend="dmoe", options={"passes": ["team"], "experts": False, **ATEN}, fullgraph=True
+        )
         outs = []
         for decoded, x in zip((None, SOME, ALL), inputs, strict=True):
             context.step(decoded, shape=SIZE)
@@ -137,7 +139,9 @@ def test_only_what_stays_in_its_rows_is_left_out(looks: str, skips: bool) -> Non
     nn.init.normal_(model.gate.weight, std=0.5)
     inputs = torch.randn(2, B, S, 16)
     with skipped() as said, dmoe_compile.denoising() as context:
-        compiled = torch.compile(model, backend="dmoe", options={"passes": ["team"], **ATEN}, fullgraph=True)
+        compiled = torch.compile(
+            model, backend="dmoe", options={"passes": ["team"], "experts": False, **ATEN}, fullgraph=True
+        )
         context.step(shape=SIZE)
         compiled(inputs[0])
         context.step(SOME)
@@ -155,7 +159,9 @@ def test_other_forms_are_left_alone(name: str, experts: Any) -> None:
     block = zoo.build(name, experts=experts, num_layers=1).model.layers[0].mlp
     inputs = torch.randn(2, B, S, zoo.HIDDEN)
     with skipped() as said, dmoe_compile.denoising() as context:
-        compiled = torch.compile(block, backend="dmoe", options={"passes": ["team"], **ATEN}, fullgraph=True)
+        compiled = torch.compile(
+            block, backend="dmoe", options={"passes": ["team"], "experts": False, **ATEN}, fullgraph=True
+        )
         context.step(shape=SIZE)
         first = output(compiled(inputs[0]))
         context.step(SOME)
