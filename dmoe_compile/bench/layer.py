@@ -70,7 +70,7 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    env = environment() | asdict(settings)
+    env = asdict(settings) | environment()  # in this order: threads=None becomes the number that ran
     bar = Bar(progress, total=len(settings.shapes) * (len(WAYS) + 2))
     with torch.no_grad():
         return [env | row for name in settings.shapes for row in _rows(name, settings, bar)]
