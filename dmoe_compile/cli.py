@@ -246,7 +246,7 @@ def layer(
         from dmoe_compile.bench import require_compiler
 
         require_compiler()
-        names = tuple(figure.SHAPES) if shapes is None else tuple(name.strip() for name in shapes.split(","))
+        names = _names(shapes) or tuple(figure.SHAPES)
         settings = figure.Settings(names, coreset, calls, dtype, threads)
     with _progress() as progress:
         rows = figure.run(settings, progress)
@@ -289,9 +289,9 @@ def experts(
         from dmoe_compile.bench import require_compiler
 
         require_compiler()
-        names = figure.NAMES if shapes is None else [name.strip() for name in shapes.split(",")]
+        names = _names(shapes) or figure.NAMES
         rows, used = (tuple(int(number) for number in text.split(",")) for text in (tokens, distinct))
-        settings = figure.Settings(tuple(names), rows, used, tuple(dtypes.split(",")), calls, isa, inductor)
+        settings = figure.Settings(names, rows, used, tuple(dtypes.split(",")), calls, isa, inductor)
     with _progress() as progress:
         found = figure.run(settings, progress)
     _show(figure.table(found), found, json, figure.summary(found))
@@ -307,7 +307,7 @@ def gpu(
     with _usage_errors(json):
         from dmoe_compile.bench import gpu as figure
 
-        names = tuple(figure.SHAPES) if shapes is None else tuple(name.strip() for name in shapes.split(","))
+        names = _names(shapes) or tuple(figure.SHAPES)
         settings = figure.Settings(names, calls)
     with _progress() as progress:
         rows = figure.run(settings, progress)
@@ -326,12 +326,17 @@ def gpu_model(
     with _usage_errors(json):
         from dmoe_compile.bench import gpu_model as figure
 
-        names = tuple(figure.SHAPES) if shapes is None else tuple(name.strip() for name in shapes.split(","))
+        names = _names(shapes) or tuple(figure.SHAPES)
         sizes = tuple(int(size) for size in coresets.split(","))
         settings = figure.Settings(names, sizes, bandwidth_share, launch_us)
     with _progress() as progress:
         rows = figure.run(settings, progress)
     _show(figure.table(rows), rows, json)
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    """Return the names in a list that is separated by commas, none where it was not given."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
 def _options(passes: str, pairs: list[str]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import itertools
 import multiprocessing
 import os
 import platform
-import random
 import re
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from dmoe_compile.kernels.experts_cpu import Activation, Isa, Layout, available,
 from hypothesis import given
 from torch import Tensor
 from torch._inductor import config
+
+from pairwise import covering
 
 LAYOUTS, ACTIVATIONS, ISAS = get_args(Layout), get_args(Activation), get_args(Isa)
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -147,18 +148,6 @@ FORMS = dict(
 def forms() -> list[dict[str, Any]]:
     every = [dict(zip(FORMS, values, strict=True)) for values in itertools.product(*FORMS.values())]
     return [form for form in every if (form["layout"], form["activation"]) != ("plain", "swigluoai")]
-
-
-def covering(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return forms enough that every two values that occur together do so among them."""
-    seen: set[Any] = set()
-    chosen = []
-    for form in random.Random(0).sample(every, len(every)):
-        pairs = set(itertools.combinations(form.items(), 2))
-        if not pairs <= seen:
-            seen |= pairs
-            chosen.append(form)
-    return chosen
 
 
 @pytest.mark.parametrize("isa", HERE)

@@ -27,6 +27,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from ahead_of_time import ASYNC_COPY_128, LOAD_128, TENSOR_CORE, Compiled, check_budget, compile
 from dmoe_compile.testing.fake_gpu import fake_gpu
 from dmoe_compile.testing.interpreter import interpreted
+from pairwise import covering
 
 Args = dict[str, Any]
 LAYOUTS, ACTIVATIONS = get_args(experts_cpu.Layout), get_args(experts_cpu.Activation)
@@ -127,18 +128,6 @@ FORMS = dict(
 def forms() -> list[dict[str, Any]]:
     every = [dict(zip(FORMS, values, strict=True)) for values in itertools.product(*FORMS.values())]
     return [form for form in every if (form["layout"], form["activation"]) != ("plain", "swigluoai")]
-
-
-def covering(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return forms enough that every two values that occur together do so among them."""
-    seen: set[Any] = set()
-    chosen = []
-    for form in random.Random(0).sample(every, len(every)):
-        pairs = set(itertools.combinations(form.items(), 2))
-        if not pairs <= seen:
-            seen |= pairs
-            chosen.append(form)
-    return chosen
 
 
 def name(form: dict[str, Any]) -> str:
