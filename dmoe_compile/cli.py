@@ -216,6 +216,9 @@ def decoding(
     recorded: Annotated[
         str | None, typer.Option(metavar="JSON", help="Instead: tests/reference/sdar_tiny_weights.json as it is.")
     ] = None,
+    own_experts: Annotated[
+        bool, typer.Option("--own-experts", help="Transformers' grouped_mm in every way, not the expert kernel.")
+    ] = False,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -225,7 +228,9 @@ def decoding(
         from dmoe_compile.bench import require_compiler
 
         require_compiler()
-        settings = figure.Settings(layers, blocks, 64, repeats, tokens_per_forward, top_p, dtype, recorded, threads)
+        settings = figure.Settings(
+            layers, blocks, 64, repeats, tokens_per_forward, top_p, dtype, recorded, own_experts, threads
+        )
     with _progress() as progress:
         rows = figure.run(settings, progress)
     _show(figure.table(rows), rows, json)

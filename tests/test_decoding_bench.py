@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch._dynamo.utils import counters
 
 from dmoe_compile.bench import decoding as figure
 from test_backend import ATEN
@@ -48,6 +49,21 @@ def test_rows_and_table() -> None:
     Console(width=160, file=out).print(figure.table(rows))
     assert "Assumed: 3 tokens a forward" in out.getvalue()
     assert "team, dmoe" in out.getvalue()
+    assert "fused experts" in out.getvalue()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("own", [False, True], ids=["kernel", "own experts"])
+def test_whose_experts_run(own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figure, "WAYS", {"no pass": ATEN})
+    settings = figure.Settings(layers=1, blocks=1, repeats=1, dtype="float32", own_experts=own)
+    before = counters["dmoe"]["experts_fused"]
+    rows = figure.run(settings)
+    fused = counters["dmoe"]["experts_fused"] - before
+    assert (fused == 0) == own
+    out = io.StringIO()
+    Console(width=160, file=out).print(figure.table(rows))
+    assert ("the model's own experts" in out.getvalue()) == own
 
 
 @pytest.mark.parametrize("wanted", [1.5, 4.0])

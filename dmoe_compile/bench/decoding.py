@@ -2,7 +2,8 @@
 
 On a stack of SDAR-30B-A3B's layers at their real width (hidden 2048, 128 experts of 768, 8 a token, 32 query and 4 key
 heads of 128; random weights, 1,024 tokens of vocabulary), decoding real blocks with its KV cache through dmoe_compile's
-decoder and transformers' grouped_mm. One process; the ways take turns; medians of whole decodings.
+decoder. All ways, the one without a pass too, have the expert kernel, or with `own_experts` transformers' grouped_mm. One
+process; the ways take turns; medians of whole decodings.
 
 Measured: seconds, unique experts, forwards, bytes kept. Assumed, because random weights are sure of nothing:
 
@@ -82,7 +83,7 @@ GOAL_BYTES, GOAL_TIME, GOAL_CONTEXT = 1.9, 1.5, 0.01
 
 @dataclass(frozen=True)
 class Settings:
-    """Layers of the stack, blocks of an answer, tokens of the prompt, timed decodings, and what is assumed."""
+    """Layers of the stack, blocks of an answer, tokens of the prompt, timed decodings, what is assumed, and whose experts."""
 
     layers: int = 2
     blocks: int = 2
@@ -92,6 +93,7 @@ class Settings:
     top_p: float = 0.8
     dtype: str = "auto"
     recorded: str | None = None
+    own_experts: bool = False
     threads: int | None = None
     seed: int = 0
 
@@ -151,7 +153,9 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
     compiled, counted = {}, {}
     for way, options in WAYS.items():
         bar.say(f"compile and count: {way}")
-        options = {**options, **({"dmoe.top_p": settings.top_p} if "dmoe" in options.get("passes", ()) else {})}
+        options = {"experts": False, **options} if settings.own_experts else dict(options)
+        if "dmoe" in options.get("passes", ()):
+            options["dmoe.top_p"] = settings.top_p
         team = "team" in options.get("passes", ())
         compiled[way] = _compile(model, options)
         counted[way] = decode(compiled[way] if team else _compile(model, options | {"stats": True}), options)
@@ -199,6 +203,7 @@ def table(rows: Sequence[Row]) -> Table:
 
     first = rows[0]
     what = first["recorded"] or f"{first['layers']} layers of SDAR-30B-A3B's width"
+    what += ", the model's own experts" if first["own_experts"] else ", fused experts"
     goals = f"goals of team: {GOAL_BYTES:g}x fewer bytes, {GOAL_TIME:g}x faster, context under {GOAL_CONTEXT:.0%}"
     assumed = "" if first["recorded"] else f"Assumed: {first['tokens_per_forward']:g} tokens a forward without passes. "
     out = Table(

@@ -41,7 +41,8 @@ _PATCHED = (JITFunction, tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descrip
 # Addresses have 47 bits. Above them a pointer carries the number of the tensor that it was made from, through all
 # arithmetic: an access that leaves its tensor is seen also where it meets another one.
 _TAG = 48
-_SECTOR = 32  # bytes
+_SECTOR_BITS = 5
+_SECTOR = 1 << _SECTOR_BITS  # bytes
 
 
 class OutOfBounds(AssertionError):
@@ -134,7 +135,8 @@ class _Interpreter:
                 name: x if name in constants else builder.argument(name, x) for name, x in bound.arguments.items()
             }
             for number, program in enumerate(programs):
-                builder.wave = number // (self.wave or 1)
+                if self.wave and number % self.wave == 0:
+                    builder.start_wave()
                 builder.set_grid_idx(*program)
                 self._function(kernel)(**values)
         self.launches.append(Launch(kernel.__name__, sizes, builder.traffic(), builder.flops))
@@ -181,11 +183,22 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         self.kernel, self.check_bounds, self.counts_traffic = kernel, check_bounds, counts_traffic
         self.tensors: list[tuple[str, int, int]] = [("no tensor", 0, 0)]  # name, first address, the one behind the last
         self.counts: dict[int, Traffic] = {}  # by number of the tensor
-        self.last: dict[int, np.ndarray] = {}  # wave that requested each sector last
-        self.wave, self.flops = 0, 0
+        # Of the sectors of each tensor: whether the present wave has requested it, and whether any has.
+        self.requests: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.flops = 0
+
+    def start_wave(self) -> None:
+        """Count what the wave before has moved."""
+        for number, (present, ever) in self.requests.items():
+            self.counts[number].moved += np.count_nonzero(present) * _SECTOR
+            ever |= present
+            present[:] = False
 
     def traffic(self) -> dict[str, Traffic]:
-        """Return what was moved so far, by the name of the argument."""
+        """Return what was moved, by the name of the argument."""
+        self.start_wave()
+        for number, (_, ever) in self.requests.items():
+            self.counts[number].touched = np.count_nonzero(ever) * _SECTOR
         return {self.tensors[number][0]: counted for number, counted in self.counts.items()}
 
     def argument(self, name: str, value: Any) -> Any:
@@ -276,17 +289,22 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         """Return the pointers without their tags; raise OutOfBounds if one leaves its tensor."""
         if not self.check_bounds:
             return ptrs
-        address = (ptrs.data & np.uint64((1 << _TAG) - 1)).astype(np.int64)
-        number = (ptrs.data >> np.uint64(_TAG)).astype(np.int64)
-        first, end = (np.array([each[i] for each in self.tensors])[number] for i in (1, 2))
+        address = (ptrs.data & np.uint64((1 << _TAG) - 1)).view(np.int64)
+        number = (ptrs.data >> np.uint64(_TAG)).view(np.int64)
+        bounds = np.array([each[1:] for each in self.tensors])
+        # An access is to one tensor nearly always: its lanes are compared with two numbers then, and counted at once.
+        own = int(number.flat[0])
+        owners = [own] if (number == own).all() else np.unique(number).tolist()
+        first, end = bounds[own] if len(owners) == 1 else np.moveaxis(bounds[number], -1, 0)
         size = max(1, ptrs.get_element_ty().primitive_bitwidth // 8)
         outside = ((address < first) | (address + size > end)) & mask.data
         if not outside.any():
             if self.counts_traffic:
-                self._count(address, number, size, mask.data)
+                for owner in owners:
+                    self._count(owner, address, mask.data if len(owners) == 1 else mask.data & (number == owner), size)
             return TensorHandle(address.astype(np.uint64), ptrs.dtype)
         lane = np.flatnonzero(outside)[0]
-        at, first, end = (int(each.flat[lane]) for each in (address, first, end))
+        at, (first, end) = int(address.flat[lane]), bounds[number.flat[lane]].tolist()
         far = f"{first - at} bytes before" if at < first else f"{at + size - end} bytes past the end of"
         tensor = self.tensors[number.flat[lane]][0]
         frames = reversed(traceback.extract_stack())
@@ -296,19 +314,19 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
             f"{outside.sum()} of {outside.size} lanes; {code.filename}:{code.lineno}: {code.line}"
         )
 
-    def _count(self, address: np.ndarray, number: np.ndarray, size: int, mask: np.ndarray) -> None:
-        address, number, mask = np.broadcast_arrays(address, number, mask)
-        for tensor in np.unique(number[mask]).tolist():
-            _, first, end = self.tensors[tensor]
-            start = first // _SECTOR
-            last = self.last.setdefault(tensor, np.full(-(-end // _SECTOR) - start, -1))
-            counted = self.counts.setdefault(tensor, Traffic())
-            mine = address[mask & (number == tensor)]
-            sectors = np.unique(mine // _SECTOR - start)
-            counted.requested += mine.size * size
-            counted.touched += int((last[sectors] < 0).sum()) * _SECTOR
-            counted.moved += int((last[sectors] < self.wave).sum()) * _SECTOR
-            last[sectors] = self.wave
+    def _count(self, tensor: int, address: np.ndarray, mask: np.ndarray, size: int) -> None:
+        """Note which sectors of a tensor are requested; most tiles have no lane masked out, and copy nothing here."""
+        mine = address if mask.all() else np.broadcast_to(address, mask.shape)[mask]
+        if not mine.size:
+            return
+        _, begin, end = self.tensors[tensor]
+        start = begin // _SECTOR
+        if tensor not in self.requests:
+            sectors = -(-end // _SECTOR) - start
+            self.requests[tensor] = np.zeros(sectors, bool), np.zeros(sectors, bool)
+            self.counts[tensor] = Traffic()
+        self.counts[tensor].requested += mine.size * size
+        self.requests[tensor][0][(mine >> _SECTOR_BITS) - start] = True
 
 
 def _to_fp32(bits: np.ndarray) -> np.ndarray:
