@@ -19,8 +19,19 @@ def test_every_way_is_compared_and_timed() -> None:
 
 def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "_TOLERANCE", 0.0)
-    with pytest.raises(RuntimeError, match="a wrong kernel has no speed"):
+    with pytest.raises(RuntimeError, match="what is wrong has no speed"):
         gpu.run(Settings(shapes=("tiny",), calls=1, device="cpu"))
+
+
+@pytest.mark.parametrize("value", [2.0, float("nan")])
+def test_an_eighth_of_the_tokens_may_have_another_expert(value: float) -> None:
+    own = torch.randn(32, 8)
+    other = own.clone()
+    other[:4] *= value
+    gpu.hold(other, own, "it")
+    other[4] *= value
+    with pytest.raises(RuntimeError, match="it is off by"):
+        gpu.hold(other, own, "it")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,8 +2,8 @@
 
 On a stack of SDAR-30B-A3B's layers at their real width (hidden 2048, 128 experts of 768, 8 a token, 32 query and 4 key
 heads of 128; random weights, 1,024 tokens of vocabulary), decoding real blocks with its KV cache through dmoe_compile's
-decoder. All ways, the one without a pass too, have the expert kernel, or with `own_experts` transformers' grouped_mm. One
-process; the ways take turns; medians of whole decodings.
+decoder. All ways, the one without a pass too, have the expert kernel, or with `own_experts` transformers' grouped_mm.
+One process; the ways take turns; medians of whole decodings.
 
 Measured: seconds, unique experts, forwards, bytes kept. Assumed, because random weights are sure of nothing:
 
@@ -83,7 +83,7 @@ GOAL_BYTES, GOAL_TIME, GOAL_CONTEXT = 1.9, 1.5, 0.01
 
 @dataclass(frozen=True)
 class Settings:
-    """Layers of the stack, blocks of an answer, tokens of the prompt, timed decodings, what is assumed, and whose experts."""
+    """Layers, blocks of an answer, tokens of the prompt, timed decodings, assumptions, and whose experts."""
 
     layers: int = 2
     blocks: int = 2

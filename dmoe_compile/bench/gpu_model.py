@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, environment
 from dmoe_compile.bench.gpu import SHAPES as SHAPES
-from dmoe_compile.bench.gpu import TINY, Shape, build, output, unique_experts
+from dmoe_compile.bench.gpu import TINY, Shape, build, hold, output, unique_experts
 from dmoe_compile.passes.cost import GPUS, Machine
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ MACHINES = {
     "MI300X": GPUS["gfx942"].machine(_ITEMSIZE),
 }
 _PROCESSORS = 132  # of the GPU whose code is generated, an H100
-_TOLERANCE = 0.03  # as in bench/gpu.py
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,10 @@ def _rows(name: str, settings: Settings, bar: Bar) -> Iterator[Row]:
         bar.say(f"{name}: {way}")
         with torch.no_grad():
             found = _generated(block, x, options)
-            own, out = output(block(x)).float(), output(found.run(x, wave=_PROCESSORS)).float()
+            own, out = output(block(x)), output(found.run(x, wave=_PROCESSORS))
             unique = unique_experts(block, x, options)
-        off = float((out - own).norm() / own.norm())
-        if not (options or {}).get("passes") and not off < _TOLERANCE:
-            raise RuntimeError(f"{way} is off by {off:.2g} on {name}: a wrong kernel's bytes count for nothing")
+        if not (options or {}).get("passes"):
+            hold(out, own, f"{way} on {name}")
         yield {"shape": name, **asdict(shape), "way": way, "unique": unique} | _counted(found, shape, unique, settings)
         bar.advance()
 

@@ -190,7 +190,7 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
     def start_wave(self) -> None:
         """Count what the wave before has moved."""
         for number, (present, ever) in self.requests.items():
-            self.counts[number].moved += np.count_nonzero(present) * _SECTOR
+            self.counts[number].moved += int(present.sum()) * _SECTOR
             ever |= present
             present[:] = False
 
@@ -198,7 +198,7 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         """Return what was moved, by the name of the argument."""
         self.start_wave()
         for number, (_, ever) in self.requests.items():
-            self.counts[number].touched = np.count_nonzero(ever) * _SECTOR
+            self.counts[number].touched = int(ever.sum()) * _SECTOR
         return {self.tensors[number][0]: counted for number, counted in self.counts.items()}
 
     def argument(self, name: str, value: Any) -> Any:

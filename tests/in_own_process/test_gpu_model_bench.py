@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dmoe_compile.bench import gpu_model
@@ -14,7 +16,8 @@ EXPERT_BYTES = 3 * TINY.hidden * TINY.width * 2
 
 @pytest.fixture(scope="module")
 def rows() -> dict[str, gpu_model.Row]:
-    return {row["way"]: row for row in gpu_model.run(Settings(shapes=("tiny",), coresets=(0, 15)))}
+    rows = gpu_model.run(Settings(shapes=("tiny",), coresets=(0, 15)))
+    return {row["way"]: row for row in json.loads(json.dumps(rows))}  # as --json writes them
 
 
 def test_the_fused_block_launches_router_matmul_route_experts_and_sum(rows) -> None:
