@@ -85,11 +85,19 @@ inline void store(void* to, V value) {
     std::memcpy(to, &value, sizeof value);
 }
 
-// The first `count` lanes, and zeros.
+// The first `count` lanes, and zeros. A copy of a size that is not known is a call.
 inline Vec load_some(const float* from, int64_t count) {
+    if (count == kWidth) return load(from);
     Vec value{};
     std::memcpy(&value, from, count * sizeof(float));
     return value;
+}
+
+// Writes the first `count` lanes.
+template <class V>
+inline void copy_some(void* to, V value, int64_t count) {
+    if (count == kWidth) return store(to, value);
+    std::memcpy(to, &value, count * (sizeof value / kWidth));
 }
 
 inline Vec splat(float value) { return value - Vec{}; }
@@ -181,12 +189,10 @@ inline Vec rounded(Vec value) {
 
 template <class Element>
 inline void store_some(Element* to, Vec value, int64_t count) {
-    if constexpr (std::is_same_v<Element, float>) {
-        std::memcpy(to, &value, count * sizeof(Element));
-    } else {
-        const Shorts bits = __builtin_convertvector(narrowed(value, Element{}), Shorts);
-        std::memcpy(to, &bits, count * sizeof(Element));
-    }
+    if constexpr (std::is_same_v<Element, float>)
+        copy_some(to, value, count);
+    else
+        copy_some(to, __builtin_convertvector(narrowed(value, Element{}), Shorts), count);
 }
 
 // ---- The two halves of a step's elements, in fp32. 16-bit ones fall into even and odd: a shift and a mask are cheaper
@@ -369,8 +375,12 @@ struct Widening {
     static Vec input(const Input* step, int half) { return load(step + half * kWidth); }
     static Vec multiply_add(Vec w, Vec x, Vec sum) { return fma(w, x, sum); }
     static void prepare(const Weight* row, int64_t size, Input* to) { take_apart(row, size, to); }
-    static int64_t place(int64_t k) { return ::place<Element>(k); }
-    static void put(Input* to, float rounded_value) { *to = rounded_value; }
+    static void put(Input* row, int64_t at, Vec rounded_values, int64_t count) {
+        if constexpr (kEvenOdd<Element>)
+            for (int64_t lane = 0; lane < count; ++lane) row[place<Element>(at + lane)] = rounded_values[lane];
+        else
+            store_some(row + at, rounded_values, count);
+    }
 };
 
 #ifdef __AVX512BF16__
@@ -387,11 +397,9 @@ struct Pairing {
         std::memcpy(to, row, size * sizeof(Weight));
         std::memset(to + size, 0, (padded(size) - size) * sizeof(Weight));
     }
-    static int64_t place(int64_t k) { return k; }
-    static void put(Input* to, float rounded_value) {
-        uint32_t bits;
-        std::memcpy(&bits, &rounded_value, sizeof bits);
-        to->bits = bits >> 16;
+    static void put(Input* row, int64_t at, Vec rounded_values, int64_t count) {
+        const Shorts bits = __builtin_convertvector((Bits)rounded_values >> 16, Shorts);
+        copy_some(row + at, bits, count);
     }
 };
 template <class Element>
@@ -431,7 +439,6 @@ struct Tile {
     using Input = typename Product::Input;
 
     const Weight* rows[kRows];
-    int64_t num_rows;  // the others repeat the last
     const Input* const* inputs;
     int64_t begin, end;  // steps of the rows
     int64_t depth;
@@ -486,18 +493,16 @@ struct Tile {
     template <int kCount, int kFirst>
     void finish(Vec* sum) const {
         constexpr int kPart = kCount >= 16 && kWidth >= 16 ? 16 : kCount >= 8 && kWidth >= 8 ? 8 : 4;
-        alignas(kLine) float lanes[kWidth];
-        store(lanes, lane_sums<kPart>(sum));
-        put<kPart, kFirst>(lanes, std::make_integer_sequence<int, kPart>{});
+        put<kPart, kFirst>(lane_sums<kPart>(sum), std::make_integer_sequence<int, kWidth>{});
         if constexpr (kCount > kPart) finish<kCount - kPart, kFirst + kPart>(sum + kPart);
     }
 
-    template <int kPart, int kFirst, int... kIndex>
-    void put(const float* lanes, std::integer_sequence<int, kIndex...>) const {
-        const auto one = [&](int index, int lane) {
-            if (index % kRows < num_rows) out[index / kRows * stride + index % kRows] = lanes[lane];
-        };
-        (one(kFirst + kIndex, std::integral_constant<int, sum_lane(kPart, kIndex)>::value), ...);
+    template <int kPart, int kFirst, int... kLane>
+    void put(Vec sums, std::integer_sequence<int, kLane...>) const {
+        alignas(kLine) float lanes[kWidth];
+        store(lanes, pick(sums, sums, std::integer_sequence<int, sum_lane(kPart, kLane % kPart)...>{}));
+        UNROLL for (int i = 0; i < kPart; i += kRows)
+            std::memcpy(out + (kFirst + i) / kRows * stride, lanes + i, kRows * sizeof(float));
     }
 };
 
@@ -511,9 +516,8 @@ struct Rows {
 
     static int64_t stride(int64_t /*outputs*/, int64_t depth) { return depth; }
     static int64_t offset(int64_t row, int64_t depth) { return row * depth; }
-    static int64_t place(int64_t k) { return Product::place(k); }
     static void prepare(const Weight* row, int64_t size, Input* to) { Product::prepare(row, size, to); }
-    static void put(Input* to, float rounded_value) { Product::put(to, rounded_value); }
+    static void put(Input* row, int64_t at, Vec values, int64_t count) { Product::put(row, at, values, count); }
 
     // out[m, i] = row i @ inputs[m]; out is [tokens, kBlock].
     static void multiply(const Block<Weight>& block, const Input* const* inputs, int64_t tokens, const Room& room, float* out) {
@@ -544,9 +548,8 @@ struct Rows {
                 at.depth = block.depth;
                 at.stride = kBlock;
                 for (int64_t r = 0; r < block.count; r += kRows) {
-                    at.num_rows = std::min<int64_t>(kRows, block.count - r);
                     for (int64_t i = 0; i < kRows; ++i)
-                        at.rows[i] = block.weights + (r + std::min(i, at.num_rows - 1)) * block.stride;
+                        at.rows[i] = block.weights + std::min(r + i, block.count - 1) * block.stride;
                     at.sums = room.sums + r * kTokens;
                     at.out = out + first * kBlock + r;
                     run(at, count, ahead, std::make_integer_sequence<int, kTokens>{});
@@ -559,8 +562,9 @@ struct Rows {
     static int64_t copy_stride(int64_t depth) { return padded(depth) + kLine / sizeof(float); }
 
   private:
-    // Inputs of a slice of a row: with more than one tile of tokens, those of one stay in the first level (12 KiB).
-    static constexpr int64_t kSlice = 2048 / sizeof(Input);
+    // Longer rows are taken in slices, so that the inputs of a tile stay in the second level (48 KiB): to keep them in
+    // the first by shorter ones costs more, by sums that are put away in between, than it saves.
+    static constexpr int64_t kSlice = 8192 / sizeof(Input);
     // From so many tiles on, widening each weight once, into a copy, is cheaper than in every tile.
     static constexpr int64_t kTilesOfCopy = 3;
 
@@ -590,8 +594,7 @@ struct Columns {
 
     static int64_t stride(int64_t outputs, int64_t /*depth*/) { return outputs; }
     static int64_t offset(int64_t column, int64_t /*depth*/) { return column; }
-    static int64_t place(int64_t k) { return k; }
-    static void put(Input* to, float rounded_value) { *to = rounded_value; }
+    static void put(Input* row, int64_t at, Vec rounded_values, int64_t count) { store_some(row + at, rounded_values, count); }
 
     static void prepare(const Weight* row, int64_t size, Input* to) {
         for (int64_t k = 0; k < size; k += kStep) {
@@ -882,11 +885,9 @@ class Layer {
                     const bool two = call_.layout != Layout::kPlain;
                     value = two ? call_.act(gate, load(ups + j) + load(room.bias + First::kBlock + j)) : call_.act(gate);
                 }
-                value = rounded<Element>(value);
-                const int64_t here = std::min<int64_t>(kWidth, count - j);
-                for (int64_t lane = 0; lane < here; ++lane) Second::put(to + Second::place(i + j + lane), value[lane]);
+                Second::put(to, i + j, rounded<Element>(value), std::min<int64_t>(kWidth, count - j));
             }
-            for (int64_t k = i + count; k < end; ++k) Second::put(to + Second::place(k), 0.0f);
+            for (int64_t k = i + count; k < end; k += kWidth) Second::put(to, k, Vec{}, std::min<int64_t>(kWidth, end - k));
         }
     }
 
