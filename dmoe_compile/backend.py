@@ -29,7 +29,7 @@ from torch._dynamo.eval_frame import innermost_backend
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
 from torch._logging import trace_structured
 
-from dmoe_compile import auto_prepare, calibrate, experts
+from dmoe_compile import auto_prepare, calibrate, experts, huge_pages
 from dmoe_compile.config import Config
 from dmoe_compile.kernels import count_experts
 from dmoe_compile.normalise import normalise, source
@@ -172,6 +172,10 @@ def rewrite(
         return None
     aten.recompile()
     _trace_artifact("dmoe_graph_after", aten)
+    if config.huge_pages:
+        values = _seen(aten, example_inputs)
+        weights = {node.name for outcome in findings.outcomes for node in outcome.site.expert_weights}
+        huge_pages.use(values[name] for name in sorted(weights & values.keys()))
     if config.passes:
         notices.take(gm, findings, config)
     if config.experts is True and not findings.outcomes:
@@ -185,10 +189,14 @@ def _lowering(
     """Return what puts fused kernels into a graph, None where none are wanted."""
     if config.experts is False:
         return None
-    names = [node.name for node in aten.graph.find_nodes(op="placeholder")]
-    values = fuse_experts.seen(dict(zip(names, example_inputs, strict=True)))
-    reader = fuse_experts.Reader(sources, values, config.verify_experts, known)
+    reader = fuse_experts.Reader(sources, _seen(aten, example_inputs), config.verify_experts, known)
     return Lowering(reader, config.experts, _autotunes(config))
+
+
+def _seen(aten: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Return the real tensors among a graph's inputs, by name."""
+    names = [node.name for node in aten.graph.find_nodes(op="placeholder")]
+    return fuse_experts.seen(dict(zip(names[: len(example_inputs)], example_inputs, strict=True)))
 
 
 def _compile_inference(

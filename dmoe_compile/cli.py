@@ -286,6 +286,7 @@ def experts(
     calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 20,
     isa: Annotated[str | None, typer.Option(help="avx512_bf16, avx512, avx2 or portable; the best by default.")] = None,
     inductor: Annotated[bool, typer.Option(help="Also compile grouped_mm, for each row.")] = True,
+    huge_pages: Annotated[bool, typer.Option("--huge-pages", help="Also time the kernel on huge pages.")] = False,
     json: Json = None,
 ) -> None:
     """The experts of one layer on the CPU: the kernel, grouped_mm, a loop, and the machine's own limits."""
@@ -296,7 +297,7 @@ def experts(
         require_compiler()
         names = _names(shapes) or figure.NAMES
         rows, used = (tuple(int(number) for number in text.split(",")) for text in (tokens, distinct))
-        settings = figure.Settings(names, rows, used, tuple(dtypes.split(",")), calls, isa, inductor)
+        settings = figure.Settings(names, rows, used, tuple(dtypes.split(",")), calls, isa, inductor, huge_pages)
     with _progress() as progress:
         found = figure.run(settings, progress)
     _show(figure.table(found), found, json, figure.summary(found))

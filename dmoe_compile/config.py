@@ -19,6 +19,7 @@ _OWN = (
     "scope",
     "experts",
     "verify_experts",
+    "huge_pages",
     "stats",
     "auto_prepare",
     "mode",
@@ -43,6 +44,8 @@ class Config:
             choose the same experts and round otherwise.
         verify_experts: hold what was read of a layer's experts against what they compute, before a fused kernel takes
             their place.
+        huge_pages: put the weights of experts on pages of 2 MiB when a model is compiled on a CPU with a pass or the
+            kernel, see huge_pages.use().
         stats: record unique experts per site and forward, see routing_stats().
         auto_prepare: make experts in Python loops traceable, see prepare(), when a pass, `stats` or experts=True
             needs them.
@@ -60,6 +63,7 @@ class Config:
     scope: str = "block"
     experts: bool | Literal["auto"] = "auto"
     verify_experts: bool = True
+    huge_pages: bool = False
     stats: bool = False
     auto_prepare: bool = True
     mode: str | None = None
@@ -75,7 +79,7 @@ class Config:
             raise ValueError(f"scope={self.scope!r} must be one of: {', '.join(get_args(Scope))}")
         if self.experts not in ("auto", True, False) or not isinstance(self.experts, bool | str):
             raise ValueError(f"experts={self.experts!r} must be 'auto', True or False")
-        for name in ("verify_experts", "stats", "auto_prepare"):
+        for name in ("verify_experts", "huge_pages", "stats", "auto_prepare"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if self.mode is not None and self.mode not in get_args(Mode):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dmoe_compile import huge_pages
 from dmoe_compile.bench import experts
 from dmoe_compile.bench.experts import Settings, regime
 
@@ -13,7 +14,7 @@ def test_every_way_is_compared_and_timed() -> None:
     assert [row["distinct"] for row in rows] == [0, 8]
     assert rows[0]["unique"] > rows[1]["unique"] == 8
     for row in rows:
-        assert set(row["ms"]) == {"dmoe", *experts.WAYS, "read", "multiply"}
+        assert set(row["ms"]) == {"dmoe", *experts.WAYS, "read", "multiply"} - {experts.HUGE}
         assert all(ms > 0 for ms in row["ms"].values())
         assert row["fraction"] == pytest.approx(row["roofline_ms"] / row["ms"]["dmoe"])
         assert row["roofline_ms"] >= row["ms"]["read"]
@@ -25,6 +26,18 @@ def test_both_dtypes_and_a_slower_instruction_set() -> None:
     rows = experts.run(Settings(**TINY | dict(dtypes=experts.DTYPES, isa="portable", inductor=False, distinct=(8,))))
     assert [row["dtype"] for row in rows] == ["bfloat16", "float32"]
     assert all(row["isa"] == "portable" and "inductor" not in row["ms"] for row in rows)
+
+
+def test_weights_on_huge_pages_are_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "use", lambda tensors: sum(each.nbytes for each in tensors))  # these are too small
+    (row,) = experts.run(Settings(**TINY | dict(huge_pages=True, inductor=False, distinct=(8,))))
+    assert row["over"][experts.HUGE] == row["ms"][experts.HUGE] / row["ms"]["dmoe"]
+    assert row["huge_pages_s"] > 0
+
+
+def test_without_huge_pages_there_is_no_row_for_them() -> None:
+    with pytest.raises(ValueError, match="there are none to have"):
+        experts.run(Settings(**TINY | dict(huge_pages=True)))
 
 
 def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:

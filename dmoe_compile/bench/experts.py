@@ -9,7 +9,8 @@ timed in turn with two probes: a linear read of the same experts by all threads,
     regime     memory-bound where reading takes twice as long as multiplying or longer, compute-bound the other way
                round, else balanced
     over ...   how many times as long another way takes: transformers' experts by grouped_mm, eager and through
-               Inductor, and its loop over experts, one matmul after another
+               Inductor, its loop over experts, one matmul after another, and the kernel on a copy of the weights
+               that lies on huge pages; making these is not part of that time, but said
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ TOKENS = (32, 64, 128, 256)
 DISTINCT = (0, 70, 40, 15, 8)  # experts; 0: as many as random routing uses
 DTYPES = ("bfloat16", "float32")
 _GELU_TANH = "DiffusionGemma-26B"
-WAYS = ("grouped_mm", "inductor", "loop")
+HUGE = "huge pages"
+WAYS = ("grouped_mm", "inductor", "loop", HUGE)
 # Geometric means of `fraction` and of `over grouped_mm` that the kernel is written for.
 GOALS = {
     ("memory-bound", "bfloat16"): (0.95, 2.5), ("balanced", "bfloat16"): (0.75, 2.2),
@@ -51,7 +53,7 @@ _PROBE_STEPS = 1_000_000  # some 7 ms: starting threads takes a tenth of one
 
 @dataclass(frozen=True)
 class Settings:
-    """What to measure: shapes, tokens, distinct experts (0 for all), dtypes, timed calls, and the instruction set."""
+    """What to measure: shapes, tokens, distinct experts (0 for all), dtypes, timed calls, instruction set, ways."""
 
     shapes: tuple[str, ...] = NAMES
     tokens: tuple[int, ...] = TOKENS
@@ -60,6 +62,7 @@ class Settings:
     calls: int = 20
     isa: Any = None
     inductor: bool = True
+    huge_pages: bool = False
 
     def __post_init__(self) -> None:
         from typing import get_args
@@ -137,10 +140,11 @@ def _rows(name: str, dtype: str, settings: Settings, bar: Bar) -> Iterator[Row]:
     shape = SHAPES.get(name, TINY)
     bar.say(f"{name}, {dtype}: build")
     experts = build(shape, getattr(torch, dtype), "gelu_pytorch_tanh" if name == _GELU_TANH else "silu")
+    copied, huge_s = _on_huge_pages(experts) if settings.huge_pages else (None, None)
     for tokens, distinct in _sizes(settings, shape):
         bar.say(f"{name}, {dtype}: {tokens} tokens")
         hidden, ids, weights = draw(shape, tokens, distinct, getattr(torch, dtype))
-        ways = dict(_ways(experts, settings))
+        ways = dict(_ways(experts, copied, settings))
         calls = {way: partial(call, hidden, ids, weights) for way, call in ways.items()}
         _verify(calls, experts, (hidden, ids, weights), dtype)
         used = ids.unique().tolist()
@@ -155,7 +159,7 @@ def _rows(name: str, dtype: str, settings: Settings, bar: Bar) -> Iterator[Row]:
             "ms": ms, "gb_per_s": size / ms["dmoe"] / 1e6, "read_gb_per_s": size / ms["read"] / 1e6,
             "gflop_per_s": flops / ms["dmoe"] / 1e6, "peak_gflop_per_s": flops_of_probe / ms["multiply"] / 1e6,
             "regime": regime(ms["read"], compute_ms), "roofline_ms": roofline, "fraction": roofline / ms["dmoe"],
-            "over": {way: ms[way] / ms["dmoe"] for way in WAYS if way in ms},
+            "over": {way: ms[way] / ms["dmoe"] for way in WAYS if way in ms}, "huge_pages_s": huge_s,
         }  # fmt: skip
         bar.advance()
 
@@ -198,22 +202,37 @@ def draw(shape: Shape, tokens: int, distinct: int, dtype: torch.dtype) -> tuple[
     return torch.randn(tokens, shape.hidden, generator=generator).to(dtype), chosen[places], weights.to(dtype)
 
 
-def _ways(experts: nn.Module, settings: Settings) -> Iterator[tuple[str, Callable[..., Tensor]]]:
+def _on_huge_pages(experts: nn.Module) -> tuple[list[Tensor], float]:
+    """Return copies of gate_up and down on huge pages, and the seconds that putting them there took."""
+    from dmoe_compile import huge_pages
+
+    copies = [bank.detach().clone() for bank in (experts.gate_up_proj, experts.down_proj)]  # type: ignore[operator]
+    start = time.perf_counter()
+    if not huge_pages.use(copies):
+        raise ValueError("huge_pages is True, but there are none to have; the warning above says why")
+    return copies, time.perf_counter() - start
+
+
+def _ways(
+    experts: nn.Module, copied: Sequence[Tensor] | None, settings: Settings
+) -> Iterator[tuple[str, Callable[..., Tensor]]]:
     import torch
 
     from dmoe_compile.kernels import experts_cpu
 
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    kernel = experts_cpu.built(gate_up.dtype, settings.isa)
+    banks = experts.gate_up_proj, experts.down_proj
+    kernel = experts_cpu.built(banks[0].dtype, settings.isa)
     if kernel is None:
         raise ValueError("the kernel can't be built here; the warning above says why")
     activation = "gelu_tanh" if experts.config.hidden_act == "gelu_pytorch_tanh" else "silu"  # type: ignore[union-attr]
-    form = "concatenated", False, False, activation, 0.0, 0.0, gate_up.dtype
+    form = "concatenated", False, False, activation, 0.0, 0.0, banks[0].dtype
 
-    def dmoe(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def dmoe(gate_up: Tensor, down: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         return experts_cpu._run(kernel, hidden, ids, weights, gate_up, None, down, None, None, None, *form)  # type: ignore[arg-type]
 
-    yield "dmoe", dmoe
+    yield "dmoe", partial(dmoe, *banks)  # type: ignore[arg-type]
+    if copied is not None:
+        yield HUGE, partial(dmoe, *copied)
     yield "grouped_mm", experts
     if settings.inductor:
         yield "inductor", torch.compile(experts, fullgraph=True, dynamic=False, isolate_recompiles=True)  # type: ignore[call-overload]
