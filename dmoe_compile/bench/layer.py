@@ -9,8 +9,8 @@ Inductor's before.
     inductor + dmoe  the dmoe pass, with experts=False: what the coreset gains by itself
     kernel           no pass; the expert kernel at equal routing
     kernel + dmoe    both
-    routing          of that, the part from hidden states to ids and weights, compiled by itself: the second of two calls,
-                     as every layer of a model runs the same code, and what reading the router's weights takes
+    routing          of that, the part from hidden states to ids and weights, compiled by itself: the second of two
+                     calls, as every layer of a model runs the same code, plus the time to read the router's weights
     read             what the experts' weights alone take at the bandwidth measured in this run
 """
 
