@@ -520,7 +520,8 @@ struct Rows {
     static void put(Input* row, int64_t at, Vec values, int64_t count) { Product::put(row, at, values, count); }
 
     // out[m, i] = row i @ inputs[m]; out is [tokens, kBlock].
-    static void multiply(const Block<Weight>& block, const Input* const* inputs, int64_t tokens, const Room& room, float* out) {
+    static void multiply(
+        const Block<Weight>& block, const Input* const* inputs, int64_t tokens, const Room& room, float* out) {
         const int64_t tiles = pieces(tokens, kTokens);
         if constexpr (Product::kCopies) {
             if (tiles >= kTilesOfCopy) {
@@ -535,7 +536,8 @@ struct Rows {
     }
 
     static void multiply(
-        const Block<Weight>& block, const Input* const* inputs, int64_t tokens, const Room& room, float* out, Ahead ahead) {
+        const Block<Weight>& block, const Input* const* inputs, int64_t tokens, const Room& room, float* out,
+        Ahead ahead) {
         const int64_t tiles = pieces(tokens, kTokens);
         const int64_t slice = tiles > 1 ? kSlice : padded(block.depth);
         for (int64_t tile = 0, first = 0; tile < tiles; ++tile) {
@@ -594,7 +596,7 @@ struct Columns {
 
     static int64_t stride(int64_t outputs, int64_t /*depth*/) { return outputs; }
     static int64_t offset(int64_t column, int64_t /*depth*/) { return column; }
-    static void put(Input* row, int64_t at, Vec rounded_values, int64_t count) { store_some(row + at, rounded_values, count); }
+    static void put(Input* row, int64_t at, Vec values, int64_t count) { store_some(row + at, values, count); }
 
     static void prepare(const Weight* row, int64_t size, Input* to) {
         for (int64_t k = 0; k < size; k += kStep) {
@@ -605,7 +607,8 @@ struct Columns {
     }
 
     // out[m, i] = column i @ inputs[m]; out is [tokens, kBlock].
-    static void multiply(const Block<Weight>& block, const Input* const* inputs, int64_t tokens, const Room&, float* out) {
+    static void multiply(
+        const Block<Weight>& block, const Input* const* inputs, int64_t tokens, const Room&, float* out) {
         for (int64_t first = 0; first < tokens; first += kGroup)
             some(block, inputs + first, std::min(kGroup, tokens - first), out + first * kBlock);
     }
@@ -848,14 +851,16 @@ class Layer {
                                    : a + 1 < num_active_ ? gate_weights(active_[a + 1], share.begin)
                                                          : then;
                 const Element *gate = gate_weights(e, i), *up = two ? up_weights(e, i) : nullptr;
-                bias(call_.gate_up_bias, e * gate_size() + (in_turn ? 2 * i : i), in_turn ? 2 * count : count, room.bias);
+                const int64_t outputs = in_turn ? 2 * count : count;
+                bias(call_.gate_up_bias, e * gate_size() + (in_turn ? 2 * i : i), outputs, room.bias);
                 if (call_.layout == Layout::kConcatenated)
                     bias(call_.gate_up_bias, e * gate_size() + call_.width + i, count, room.bias + First::kBlock);
                 else if (two)
                     bias(call_.up_bias, e * call_.width + i, count, room.bias + First::kBlock);
                 for (int64_t p = starts_[e]; p < starts_[e + 1]; p += kGroup) {
                     const int64_t tokens = std::min(kGroup, starts_[e + 1] - p);
-                    Block<Element> of{gate, First::stride(gate_size(), call_.hidden_size), in_turn ? 2 * count : count, call_.hidden_size, two ? up : next};
+                    const int64_t stride = First::stride(gate_size(), call_.hidden_size);
+                    Block<Element> of{gate, stride, outputs, call_.hidden_size, two ? up : next};
                     First::multiply(of, xs_ + p, tokens, room, room.outputs);
                     if (two) {
                         of.weights = up;
@@ -882,19 +887,22 @@ class Layer {
                     value = call_.act(every_other<0>(low, high), every_other<1>(low, high));
                 } else {
                     const Vec gate = load(gates + j) + load(room.bias + j);
-                    const bool two = call_.layout != Layout::kPlain;
-                    value = two ? call_.act(gate, load(ups + j) + load(room.bias + First::kBlock + j)) : call_.act(gate);
+                    value = call_.layout == Layout::kPlain
+                        ? call_.act(gate)
+                        : call_.act(gate, load(ups + j) + load(room.bias + First::kBlock + j));
                 }
                 Second::put(to, i + j, rounded<Element>(value), std::min<int64_t>(kWidth, count - j));
             }
-            for (int64_t k = i + count; k < end; k += kWidth) Second::put(to, k, Vec{}, std::min<int64_t>(kWidth, end - k));
+            for (int64_t k = i + count; k < end; k += kWidth)
+                Second::put(to, k, Vec{}, std::min<int64_t>(kWidth, end - k));
         }
     }
 
     // The layer's result for a share of the hidden size.
     void down(const Share& share, const Room& room) const {
         const int64_t H = call_.hidden_size;
-        for (int64_t t = 0; t < call_.num_tokens; ++t) std::fill(total_ + t * H + share.begin, total_ + t * H + share.end, 0.0f);
+        for (int64_t t = 0; t < call_.num_tokens; ++t)
+            std::fill(total_ + t * H + share.begin, total_ + t * H + share.end, 0.0f);
         for (int64_t a = 0; a < num_active_; ++a) {
             const int64_t e = active_[a];
             for (int64_t h = share.begin; h < share.end; h += Second::kBlock) {
@@ -904,7 +912,8 @@ class Layer {
                 bias(call_.down_bias, e * H + h, count, room.bias);
                 for (int64_t p = starts_[e]; p < starts_[e + 1]; p += kGroup) {
                     const int64_t tokens = std::min(kGroup, starts_[e + 1] - p);
-                    const Block<Element> of{down_weights(a, h), Second::stride(H, call_.width), count, call_.width, next};
+                    const int64_t stride = Second::stride(H, call_.width);
+                    const Block<Element> of{down_weights(a, h), stride, count, call_.width, next};
                     Second::multiply(of, mids_ + p, tokens, room, room.outputs);
                     for (int64_t m = 0; m < tokens; ++m)
                         add(room.outputs + m * Second::kBlock, room.bias, call_.weights[pairs_[p + m]], count,
@@ -949,7 +958,8 @@ class Layer {
 
     // Rows of gate_up.
     int64_t gate_size() const {
-        return call_.layout == Layout::kConcatenated || call_.layout == Layout::kInterleaved ? 2 * call_.width : call_.width;
+        const bool both = call_.layout == Layout::kConcatenated || call_.layout == Layout::kInterleaved;
+        return both ? 2 * call_.width : call_.width;
     }
 
     const Element* gate_weights(int64_t expert, int64_t i) const {
@@ -1009,9 +1019,10 @@ template <class Element>
 bool run(const Call& call, bool transposed, bool down_transposed) {
     using ByRows = Rows<Product<Element>>;
     using ByColumns = Columns<Element>;
-    if (transposed)
-        return down_transposed ? in_turns<Element, ByColumns, ByColumns>(call) : in_turns<Element, ByColumns, ByRows>(call);
-    return down_transposed ? in_turns<Element, ByRows, ByColumns>(call) : in_turns<Element, ByRows, ByRows>(call);
+    const auto turns = transposed
+        ? (down_transposed ? in_turns<Element, ByColumns, ByColumns> : in_turns<Element, ByColumns, ByRows>)
+        : (down_transposed ? in_turns<Element, ByRows, ByColumns> : in_turns<Element, ByRows, ByRows>);
+    return turns(call);
 }
 
 }  // namespace

@@ -43,7 +43,7 @@ _NEEDS: dict[Isa, tuple[str, ...]] = {
 }  # fmt: skip
 _O2 = "-O2"  # Inductor's -O3 takes a third longer to compile, and its copies of the inner loops spill registers
 _AVX512_FLAGS = (_O2, "-march=haswell", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
-_FLAGS: dict[Isa, tuple[str, ...]] = {
+FLAGS: dict[Isa, tuple[str, ...]] = {
     "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
     "avx512": _AVX512_FLAGS,
     "avx2": (_O2, "-march=haswell"),
@@ -97,8 +97,8 @@ def launch(
     check(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
           down_transposed, activation, out_dtype)  # fmt: skip
     kernel = built(hidden.dtype) if hidden.device.type == "cpu" and down.numel() else None
-    run = composed if kernel is None else functools.partial(_run, kernel)
-    return run(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
+    way = composed if kernel is None else functools.partial(run, kernel)
+    return way(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
                down_transposed, activation, alpha, limit, out_dtype or hidden.dtype)  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def built(dtype: torch.dtype, isa: Isa | None = None) -> Callable[..., int] | No
         dtype: fp32, bf16 or fp16.
         isa: what to build for, this machine's best if left out; one that it lacks ends the process when called.
     """
-    found = library("experts", (*_FLAGS[isa or best_isa()], f"-DELEMENT={_ELEMENTS[dtype]}"))
+    found = library("experts", (*FLAGS[isa or best_isa()], f"-DELEMENT={_ELEMENTS[dtype]}"))
     if found is None:
         return None
     pointers, sizes, numbers = [ctypes.c_void_p] * 10, [ctypes.c_int64] * 5, [ctypes.c_int] * 5
@@ -130,7 +130,7 @@ def best_isa() -> Isa:
     return next(isa for isa, needs in _NEEDS.items() if all(has.get(each) for each in needs))
 
 
-def _run(
+def run(
     kernel: Callable[..., int],
     hidden: Tensor,
     ids: Tensor,

@@ -449,6 +449,21 @@ def test_candidates_need_a_choice() -> None:
             context.accept(torch.tensor([0, 0]))
 
 
+@pytest.mark.parametrize("candidates", [1, 2])
+def test_the_accepted_candidate_goes_on(candidates: int) -> None:
+    """Each sequence has its own choice; the next step's candidates, as many or fewer, all take its rows."""
+    model, choice = build(), torch.tensor([1, 0])
+    call = compiled(model)
+    before, x = draw(1, batch=2 * B), draw(2, batch=candidates * B)
+    with dmoe_compile.denoising() as context:
+        context.step(shape=SIZE, candidates=2)
+        call(before)
+        context.accept(choice)
+        context.step(SOME, candidates=candidates)
+        accepted = before[torch.arange(B) * 2 + choice].repeat_interleave(candidates, 0)
+        expect(call(x), model, x, accepted, SOME.repeat_interleave(candidates, 0))
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

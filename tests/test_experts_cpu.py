@@ -66,7 +66,7 @@ def on(isa: str) -> Callable[..., Tensor]:
     """Return launch() on an instruction set, for operands that fit."""
 
     def run(**args: Any) -> Tensor:
-        return module._run(built(args["hidden"].dtype, isa), **{"out_dtype": args["hidden"].dtype} | args)
+        return module.run(built(args["hidden"].dtype, isa), **{"out_dtype": args["hidden"].dtype} | args)
 
     return run
 
@@ -441,7 +441,7 @@ def fp64(hidden: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Te
 
 
 def disassembly(isa: Isa, dtype: torch.dtype) -> str:
-    flags = (*module._FLAGS[isa], f"-DELEMENT={module._ELEMENTS[dtype]}")
+    flags = (*module.FLAGS[isa], f"-DELEMENT={module._ELEMENTS[dtype]}")
     library = native.library("experts", flags)
     return subprocess.run(["objdump", "-d", library._name], capture_output=True, text=True, check=True).stdout
 

@@ -253,6 +253,21 @@ def test_a_check_that_fails_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None
         fused(block, x, experts=True)
 
 
+def test_a_check_that_takes_too_much_memory_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_experts, "_MAX_CHECK_BYTES", 1000)
+    with pytest.raises(BackendCompilerFailed, match=r"makes a tensor of .* GiB, too much to check it by"):
+        fused(random_experts(), torch.randn(B, S, 16), experts=True)
+
+
+def test_weights_that_can_not_be_seen_are_made_up_unless_they_are_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_experts, "seen", lambda values: {})
+    block, x = random_experts(), torch.randn(B, S, 16)
+    assert fused(block, x, experts=True)[1].findings[0].fused == 1
+    monkeypatch.setattr(fuse_experts, "_MAX_MADE_UP", 1000)
+    with pytest.raises(BackendCompilerFailed, match="can't be seen here, and are too large to be made up"):
+        fused(block, x, experts=True)
+
+
 def test_layers_alike_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     own = Region.callable

@@ -7,7 +7,8 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,6 +82,24 @@ def in_fresh_process(module: str, job: Row, cache_folder: str, timeout_s: float 
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     answer: Row = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def wall_ms(call: Callable[[], Any]) -> float:
+    """Return the milliseconds of a call."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], Any]], number: int, ms: Callable[[Callable[[], Any]], float] = wall_ms
+) -> dict[str, list[float]]:
+    """Return the milliseconds of every call, `number` times in turn: a machine that slows down slows all of them."""
+    found: dict[str, list[float]] = {way: [] for way in calls}
+    for _ in range(number):
+        for way, call in calls.items():
+            found[way].append(ms(call))
+    return found
 
 
 class Bar:

@@ -25,7 +25,7 @@ from math import exp, log
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment
+from dmoe_compile.bench import Bar, Row, describe, environment, in_turn
 from dmoe_compile.bench.gpu import SHAPES, TINY, Shape
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _rows(name: str, dtype: str, settings: Settings, bar: Bar) -> Iterator[Row]:
         _verify(calls, experts, (hidden, ids, weights), dtype)
         used = ids.unique().tolist()
         flops_of_probe, probes = _probes(experts, used, dtype, settings)
-        ms = {way: median(times) for way, times in _timed(calls | probes, settings.calls).items()}
+        ms = {way: median(times) for way, times in in_turn(calls | probes, settings.calls).items()}
         flops = 6 * tokens * shape.top_k * shape.hidden * shape.width
         size = len(used) * 3 * shape.hidden * shape.width * hidden.element_size()
         compute_ms = ms["multiply"] * flops / flops_of_probe
@@ -228,7 +228,7 @@ def _ways(
     form = "concatenated", False, False, activation, 0.0, 0.0, banks[0].dtype
 
     def dmoe(gate_up: Tensor, down: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return experts_cpu._run(kernel, hidden, ids, weights, gate_up, None, down, None, None, None, *form)  # type: ignore[arg-type]
+        return experts_cpu.run(kernel, hidden, ids, weights, gate_up, None, down, None, None, None, *form)  # type: ignore[arg-type]
 
     yield "dmoe", partial(dmoe, *banks)  # type: ignore[arg-type]
     if copied is not None:
@@ -265,11 +265,11 @@ def _probes(experts: nn.Module, used: Sequence[int], dtype: str, settings: Setti
     """Return what the second probe does, in floating-point operations, and both probes."""
     import torch
 
-    from dmoe_compile.kernels.experts_cpu import _FLAGS, best_isa
+    from dmoe_compile.kernels.experts_cpu import FLAGS, best_isa
     from dmoe_compile.kernels.native import library
 
     isa = settings.isa or best_isa()
-    probes = library("probes", (*_FLAGS[isa], "-ffp-contract=fast"))
+    probes = library("probes", (*FLAGS[isa], "-ffp-contract=fast"))
     assert probes is not None  # the kernel has been built
     probes.multiply.restype = ctypes.c_double
     threads = torch.get_num_threads()
@@ -281,17 +281,6 @@ def _probes(experts: nn.Module, used: Sequence[int], dtype: str, settings: Setti
         "read": partial(probes.read, ranges, sizes, ctypes.c_int64(len(read)), threads),
         "multiply": partial(probes.multiply, *steps),
     }
-
-
-def _timed(calls: dict[str, Callable[[], Any]], number: int) -> dict[str, list[float]]:
-    """Return ms of every call, in turn: a machine that slows down slows all of them."""
-    ms: dict[str, list[float]] = {way: [] for way in calls}
-    for _ in range(number):
-        for way, call in calls.items():
-            start = time.perf_counter()
-            call()
-            ms[way].append((time.perf_counter() - start) * 1e3)
-    return ms
 
 
 def _sizes(settings: Settings, shape: Shape) -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ model's own experts are held against the eager block before they are timed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -19,7 +18,7 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, environment
+from dmoe_compile.bench import Bar, Row, environment, in_turn, wall_ms
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +114,9 @@ def _rows(name: str, settings: Settings, device: torch.device, gb_per_s: float, 
             unique[way] = unique_experts(block, x, WAYS.get(way))
             bar.advance()
         bar.say(f"{name}: time")
-        ms = _timed(calls, settings.calls, device)
+        for call in calls.values():
+            call()
+        ms = in_turn(calls, settings.calls, wall_ms if device.type == "cpu" else _ms)
     bar.advance()
     expert_bytes = 3 * shape.hidden * shape.width * x.element_size()
     for way in calls:
@@ -217,24 +218,10 @@ def unique_experts(block: nn.Module, x: Tensor, options: dict[str, Any] | None) 
     return int(count)
 
 
-def _timed(calls: dict[str, Callable[[], Any]], number: int, device: torch.device) -> dict[str, list[float]]:
-    """Return ms of every call of each way, in turn: a machine that slows down slows all of them."""
-    ms: dict[str, list[float]] = {way: [] for way in calls}
-    for call in calls.values():
-        call()
-    for _ in range(number):
-        for way, call in calls.items():
-            ms[way].append(_ms(call, device))
-    return ms
-
-
-def _ms(call: Callable[[], Any], device: torch.device) -> float:
+def _ms(call: Callable[[], Any]) -> float:
+    """Return the milliseconds of a call on a GPU."""
     import torch
 
-    if device.type == "cpu":
-        start = time.perf_counter()
-        call()
-        return (time.perf_counter() - start) * 1e3
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     call()

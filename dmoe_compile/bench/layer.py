@@ -11,19 +11,19 @@ Inductor's before.
     kernel + dmoe    both
     routing          of that, the part from hidden states to ids and weights, compiled by itself: the second of two
                      calls, as every layer of a model runs the same code, plus the time to read the router's weights
+    routing, cold    the first of the two, with nothing of it in the caches
     read             what the experts' weights alone take at the bandwidth measured in this run
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment
+from dmoe_compile.bench import Bar, Row, describe, environment, in_turn
 
 if TYPE_CHECKING:
     import torch
@@ -102,7 +102,7 @@ def _rows(name: str, settings: Settings, bar: Bar) -> list[Row]:
             raise RuntimeError(f"{other} is off by {off:.2g} on {name}: a wrong kernel has no speed")
     bar.say(f"{name}: compile the routing")
     block, rows = layer.layer.mlp, torch.randn(x.shape, dtype=dtype)
-    calls["routing"] = routing(block, rows, {**passes, "experts": False})
+    calls["routing, cold"] = calls["routing"] = routing(block, rows, {**passes, "experts": False})
     bar.advance()
     bar.say(f"{name}: time")
     ms, gb_per_s = _timed(calls, settings.calls, partial(bandwidth, x.device))
@@ -116,7 +116,7 @@ def _rows(name: str, settings: Settings, bar: Bar) -> list[Row]:
     expert_bytes = (bank.gate_up_proj[0].numel() + bank.down_proj[0].numel()) * x.element_size()
     found = []
     for way, times in ms.items():
-        used = unique["dmoe" if "dmoe" in way or way == "routing" else "no pass"]
+        used = unique["dmoe" if "dmoe" in way or "routing" in way else "no pass"]
         found.append({
             "shape": name, "way": way, "unique": used, "ms": median(times),
             "spread_ms": [sorted(times)[len(times) // 5], sorted(times)[-1 - len(times) // 5]],
@@ -207,12 +207,8 @@ def _timed(
     ms: dict[str, list[float]] = {way: [] for way in calls}
     speeds = []
     for i in range(number):
-        for way, call in calls.items():
-            if way == "routing":
-                call()
-            start = time.perf_counter()
-            call()
-            ms[way].append((time.perf_counter() - start) * 1e3)
+        for way, (once,) in in_turn(calls, 1).items():
+            ms[way].append(once)
         if i % 5 == 0:
             speeds.append(probe())
     return ms, median(speeds)
@@ -229,7 +225,7 @@ def table(rows: Sequence[Row]) -> Table:
         caption=f"{describe(first)}; reads {first['gb_per_s']:.3g} GB/s", caption_justify="left",
     )  # fmt: skip
     for row in rows:
-        faster = f"{row['faster']:.2f}x" if row["way"] != "routing" else f"{row['share']:.1%} of kernel + dmoe"
+        faster = f"{row['share']:.1%} of kernel + dmoe" if "routing" in row["way"] else f"{row['faster']:.2f}x"
         out.add_row(row["shape"], row["way"], str(row["unique"]), f"{row['ms']:.2f}", faster, f"{row['read_ms']:.2f}")
     return out
 
