@@ -5,15 +5,18 @@ T, H, I: tokens, hidden size, expert width; E, k: experts, experts a token
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import mmap
 import multiprocessing
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -301,9 +304,46 @@ def test_rounding_is_torchs(isa: str, dtype: torch.dtype) -> None:
     assert torch.equal(on(isa)(**args).squeeze(1), x.to(dtype))
 
 
-# Bits: a large routed batch, of widths at which rows are cut into slices and copied, and not.
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_goes_down_is_rounded_to_nearest(isa: str, dtype: torch.dtype) -> None:
+    """Products of two 16-bit values, through an identity to fp32: of more than one vector of outputs, and a rest."""
+    T, I = 64, 40  # noqa: E741
+    x, one = torch.rand(T, I).add(1).to(dtype), torch.eye(I, dtype=dtype).unsqueeze(0)
+    args = operands(torch.zeros(T, 1).long(), 1, H=I, I=I, layout="separate", activation="relu", dtype=dtype)
+    args |= dict(hidden=x, weights=torch.ones(T, 1), gate_up=one, up=one, down=one, out_dtype=torch.float32)
+    assert torch.equal(on(isa)(**args), (x.float() * x.float()).to(dtype).float())
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_behind_the_weights_is_read(isa: str, dtype: torch.dtype) -> None:
+    """They end where a page begins that nobody may read; rows are no multiple of a tile, nor their length of a step."""
+    args = operands(torch.zeros(7, 1).long(), 1, H=73, I=41, layout="separate", dtype=dtype)
+    expected = on(isa)(**args)
+    with ExitStack() as stack:
+        guarded = {name: stack.enter_context(at_the_end_of_memory(args[name])) for name in ("gate_up", "up", "down")}
+        assert torch.equal(on(isa)(**args | guarded), expected)
+
+
+@contextmanager
+def at_the_end_of_memory(tensor: Tensor) -> Iterator[Tensor]:
+    """Give a copy of a tensor that is followed by a page of which the process may read nothing: it would be killed."""
+    pages = -(-tensor.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    mprotect = ctypes.CDLL(None).mprotect
+    mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert mprotect(start + pages, mmap.PAGESIZE, 0) == 0
+    copied = torch.frombuffer(memory, dtype=torch.uint8, count=tensor.nbytes, offset=pages - tensor.nbytes)
+    copied = copied.view(tensor.dtype).view(tensor.shape)
+    yield copied.copy_(tensor)
+    assert mprotect(start + pages, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+
+
+# Bits: a large routed batch, of widths at which rows are cut into slices (of 8 KiB) and copied, and not.
 PROMISES = {
-    "rows": dict(H=1100, I=136),
+    "rows": dict(H=4200, I=136),
     "columns": dict(H=560, I=136, transposed=True, down_transposed=True),
     "mixed": dict(H=72, I=40, layout="interleaved", down_transposed=True, biases=True),
 }
