@@ -267,6 +267,8 @@ def _hidden(site: Site, sources: Sources) -> fx.Node | str:
                 roots[root] = None
             elif root.op == "call_function":
                 stack.append(root)
+            elif isinstance(value, Tensor) and value.dim() == 0:
+                return f"its experts read {root}, a number of the model's that dynamic=True has made an input"
             else:
                 return f"its experts read {root}, which is neither hidden state, routing nor weight"
     if len(roots) != 1:

@@ -210,12 +210,29 @@ def test_every_model_decodes_the_same_tokens_with_and_without(name: str, experts
 def test_every_model_decodes_the_same_tokens_through_inductor(name: str, dynamic: bool) -> None:
     model = zoo.build(name)
     inputs = zoo.inputs(name, batch=2, seq=S)
+    left = name == "gpt_oss" and dynamic  # alpha and limit are inputs then, see the next test
     ours, own = (
         decoded(model, inputs, torch.compile(model, backend="dmoe", dynamic=dynamic, options={"experts": experts}))
-        for experts in (True, False)
+        for experts in ("auto" if left else True, False)
     )
     for each, other in zip(ours, own, strict=True):
         assert torch.equal(each, other)
+
+
+def test_numbers_that_are_inputs_leave_experts_alone() -> None:
+    """dynamic=True makes inputs of a module's floats; sizes alone, as torch.compile finds them by itself, do not."""
+    model = zoo.build("gpt_oss")
+    for dynamic, count in ((True, 0), (None, 2)):
+        torch._dynamo.reset()
+        watch = Rewriting(passes=[], experts="auto")
+        compiled = torch.compile(model, backend=watch, dynamic=dynamic)
+        with torch.no_grad():
+            for seq in (S, S + 1):
+                compiled(**zoo.inputs("gpt_oss", batch=2, seq=seq))
+        last = watch.outcomes[-2:]
+        assert sum(not outcome.own_experts for outcome in last) == count
+        if dynamic:
+            assert all("a number of the model's that dynamic=True has made an input" in o.own_experts for o in last)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
