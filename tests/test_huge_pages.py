@@ -16,6 +16,7 @@ from dmoe_compile import Config, huge_pages
 
 MIB = 2**20
 SMAPS = Path("/proc/self/smaps")
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def on_huge_pages(tensor: Tensor) -> int:
@@ -31,7 +32,9 @@ def on_huge_pages(tensor: Tensor) -> int:
 
 
 def collapses() -> bool:
-    """Whether this system does it: Linux 6.1, with transparent huge pages built in."""
+    """Whether this system does it: Linux 6.1, with transparent huge pages built in, and not for all memory anyway."""
+    if not SETTING.exists() or "[always]" in SETTING.read_text():
+        return False
     held = torch.ones(8 * MIB, dtype=torch.uint8)
     inside = -(-held.data_ptr() // (2 * MIB)) * 2 * MIB
     return SMAPS.exists() and huge_pages._collapse(inside, 2 * MIB) == ""
@@ -42,13 +45,14 @@ def _forget_warnings() -> None:
     huge_pages._warn.cache_clear()
 
 
-@pytest.mark.skipif(not collapses(), reason="this system has no MADV_COLLAPSE")
+@pytest.mark.skipif(not collapses(), reason="this system has no MADV_COLLAPSE, or no small pages")
 def test_memory_lies_on_huge_pages_with_its_values_and_address() -> None:
-    weights = torch.arange(16 * MIB // 4, dtype=torch.int32)
+    # More than malloc ever keeps: fresh pages, of which no earlier test has asked anything.
+    weights = torch.arange(64 * MIB // 4, dtype=torch.int32)
     before, at = weights.clone(), weights.data_ptr()
     assert on_huge_pages(weights) == 0
     used = huge_pages.use([weights])
-    assert 12 * MIB <= used <= 16 * MIB  # all but the edges
+    assert 60 * MIB <= used <= 64 * MIB  # all but the edges
     assert on_huge_pages(weights) >= used
     assert torch.equal(weights, before)
     assert weights.data_ptr() == at
