@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress
-    from rich.table import Table
 
     from dmoe_compile import Report
     from dmoe_compile.bench import Row
@@ -399,7 +399,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _show(table: Table, rows: list[Row], json: str | None, remarks: Iterable[str] = ()) -> None:
+def _show(table: RenderableType, rows: list[Row], json: str | None, remarks: Iterable[str] = ()) -> None:
     """Print a table and remarks, and write rows where they were asked for."""
     from rich.console import Console
 

@@ -7,21 +7,24 @@ The layer's result is partials.sum(0), left to the caller: Inductor fuses it wit
 as no program adds to what another wrote, equal inputs give equal bits.
 
 A denoising step is bound by the bytes of the experts it reads: each weight should be read once, by 16-byte
-asynchronous loads, and nothing may wait for the host. How a program learns its tokens decides the two variants.
+asynchronous loads, and nothing may wait for the host. Either launch has two variants.
 
-    dense over T: few tokens and a list of the experts in use. Every listed expert multiplies all T tokens, which costs
-        no more time than its own few (the weights are read anyway, and tensor cores take no fewer than 8), and what is
-        not its own is set to zero. The second launch sums over the whole list, in SPLIT shares.
-    routed: many tokens, or no list. A program owns some rows of one expert, finds that expert's tokens by scanning
-        all ids, and takes every TILES-th tile of them. The programs with the other tiles are its neighbours in the
-        grid: they read the same weights at about the same time, from the cache. There is a partial for each of a
-        token's k experts.
+    dense over T: with a list of the experts in use, every listed expert multiplies all T tokens, which costs no more
+        time than its own few: the weights are read anyway, and tensor cores take no fewer than 8. The first launch
+        keeps an expert's own products. The second sums over the whole list, in SPLIT shares, and sees zeros for what
+        is not an expert's own; as its sums stay in registers, it is for more tokens, in tiles, than the first.
+    routed: more tokens, or no list. A program owns some rows of one expert, finds that expert's tokens by scanning
+        all ids, and takes every TILES-th tile of them. The second launch writes a partial for each of a token's k
+        experts, which for many tokens are as many bytes as some experts' weights.
+
+The programs with the other tiles of tokens are neighbours in the grid: they read the same weights at about the same
+time, from the cache. Between the launches lie the products of each token and each of its experts, [T * k, F].
 
 Grids are fixed; programs past the end of the list, or of an expert without tokens, exit at once. The weights are the
 left operand of every tl.dot: Hopper's and Blackwell's tensor cores want 64 rows there, of which 32 tokens are half.
 Layouts are strides, known when compiling, on the weights as they lie; masks are only where a tile does not fit.
 
-T, H, F: tokens, hidden size, expert width; E, k: experts, experts a token; A: list entries that mid has room for
+T, H, F: tokens, hidden size, expert width; E, k: experts, experts a token; A: list entries that there are programs for
 P: partials, SPLIT or k; BT, BN, BK: tokens, rows and depth (the dimension summed over) of a tile; KP: k as power of 2
 """
 
@@ -29,7 +32,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -37,12 +40,13 @@ import torch
 import triton
 import triton.language as tl
 from dmoe_compile.kernels import experts_cpu
-from dmoe_compile.kernels.limits import DENSE_TOKENS, MAX_TOKENS
+from dmoe_compile.kernels.experts_cpu import Operands
+from dmoe_compile.kernels.limits import DENSE_TOKENS, LISTED_TOKENS, MAX_TOKENS
 from torch import Tensor
 from torch.library import wrap_triton
 
 _MOST_TILES = 4  # every one scans all tokens, most of them for an expert that has no so many
-MOST_PARTIALS = 16  # of the dense variant: each of them is written and read again
+MOST_PARTIALS = 16  # of the second launch dense over T: each of them is written and read again
 _SCAN = tl.constexpr(64)  # tokens that a step of that scan looks at
 
 
@@ -55,7 +59,7 @@ def _gate_up_kernel(
     LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr,
     ROUTED: tl.constexpr, TILES: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of F x TILES, E or A). mid is [A, T, F], or [T * k, F] where ROUTED; else TILES is 1."""
+    """Grid (tiles of F x TILES, A; without a list, E). TILES is 1 unless ROUTED."""
     TWO: tl.constexpr = LAYOUT == "concatenated" or LAYOUT == "separate"
     # Rows of gate and up that lie in turn are read as one tile and told apart after the sum: loads stay 16 bytes wide.
     IN_TURN: tl.constexpr = LAYOUT == "interleaved"
@@ -70,9 +74,12 @@ def _gate_up_kernel(
     depth = tl.arange(0, BK)
     slots = tl.arange(0, KP)
     places = tl.arange(0, BT)
-    entry = tl.program_id(1)
+    expert = tl.program_id(1)
+    if active_ptr is not None:
+        if expert >= tl.load(counts_ptr):
+            return
+        expert = tl.load(active_ptr + expert)
     if ROUTED:
-        expert = entry
         num_tokens = 0
         for start in tl.range(0, T, _SCAN, num_stages=1):
             seen = start + tl.arange(0, _SCAN)
@@ -80,9 +87,6 @@ def _gate_up_kernel(
             ids = tl.load(ids_ptr + seen[:, None] * K + slots[None, :], mask=known, other=-1)
             num_tokens += tl.sum((ids == expert).to(tl.int32))
     else:
-        if entry >= tl.load(counts_ptr):
-            return
-        expert = tl.load(active_ptr + entry)
         num_tokens = BT  # a loop of one step, which the compiler removes
     at = expert.to(tl.int64) * EXPERT  # all experts together can have more than 2**31 weights
     gate_ptrs = gate_up_ptr + at + rows[:, None] * ROW + depth[None, :] * COLUMN
@@ -109,11 +113,7 @@ def _gate_up_kernel(
         own = tl.load(ids_ptr + pairs, mask=known, other=-1) == expert
         given = tl.load(weights_ptr + pairs, mask=known, other=0).to(tl.float32)
         weight = tl.sum(tl.where(own, given, 0.0), 1)
-        routed = tl.max(own.to(tl.int32), 1) == 1
-        if ROUTED:
-            into = tl.sum(tl.where(own, pairs, 0), 1)
-        else:
-            into = entry * T + tokens
+        into = tl.max(tl.where(own, pairs, -1), 1)
 
         hidden_ptrs = hidden_ptr + tokens[:, None] * H + depth[None, :]
         gate = tl.zeros((BR, BT), tl.float32)
@@ -139,9 +139,8 @@ def _gate_up_kernel(
         if IN_TURN:
             gate, up = tl.split(tl.permute(tl.reshape(gate, (BN, 2, BT)), (0, 2, 1)))
         acted = _activated(gate, up, LAYOUT, ACTIVATION, ALPHA, LIMIT) * weight[None, :]
-        acted = tl.where(routed[None, :], acted, 0.0)  # a token that is not routed may hold anything, NaN too
         columns = block * BN + tl.arange(0, BN)
-        stored = inside[None, :] if F % BN == 0 else inside[None, :] & (columns < F)[:, None]
+        stored = (into >= 0)[None, :] if F % BN == 0 else (into >= 0)[None, :] & (columns < F)[:, None]
         tl.store(mid_ptr + into[None, :] * F + columns[:, None], acted.to(mid_ptr.dtype.element_ty), mask=stored)
 
 
@@ -149,39 +148,41 @@ def _gate_up_kernel(
 def _down_dense_kernel(
     mid_ptr, ids_ptr, weights_ptr, down_ptr, down_bias_ptr, active_ptr, counts_ptr, partials_ptr, T,
     H: tl.constexpr, F: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, ROW: tl.constexpr, COLUMN: tl.constexpr,
-    SPLIT: tl.constexpr, CUTS: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLIT: tl.constexpr, CUTS: tl.constexpr, TILES: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of H, SPLIT). A share is one of CUTS pieces of F, of every SPLIT // CUTS-th entry of the list."""
+    """Grid (tiles of H x TILES, SPLIT). A share is one of CUTS pieces of F, of every SPLIT // CUTS-th list entry."""
     SPAN: tl.constexpr = F // CUTS
     EVEN: tl.constexpr = H % BN == 0 and SPAN % BK == 0
     FILL: tl.constexpr = None if EVEN else 0
     share = tl.program_id(1)
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    rows = tl.program_id(0) // TILES * BN + tl.arange(0, BN)
     depth = tl.arange(0, BK)
-    tokens = tl.arange(0, BT)
+    tokens = tl.program_id(0) % TILES * BT + tl.arange(0, BT)
+    slots = tl.arange(0, KP)
     inside = tokens < T
+    known = inside[:, None] & (slots < K)[None, :]
+    pairs = tokens[:, None] * K + slots[None, :]
+    ids = tl.load(ids_ptr + pairs, mask=known, other=-1)
     count = tl.load(counts_ptr)
     begin = share % CUTS * SPAN
-    mid_ptrs = mid_ptr + begin + tokens[:, None] * F + depth[None, :]
     down_ptrs = down_ptr + begin * COLUMN + rows[:, None] * ROW + depth[None, :] * COLUMN
     acc = tl.zeros((BN, BT), tl.float32)
     # flatten: one pipeline through all experts. With one loop over (expert, k) in the source, the compiler has half as
     # many loads on their way, as it must load the expert first; none, where that is done only as k starts anew.
     for entry in tl.range(share // CUTS, count, SPLIT // CUTS, flatten=True):
         expert = tl.load(active_ptr + entry).to(tl.int64)
+        pair = tl.max(tl.where(ids == expert, pairs, -1), 1)
+        mid_ptrs = mid_ptr + begin + pair[:, None] * F + depth[None, :]
         for k in range(0, SPAN, BK):
             within = None if EVEN else (rows < H)[:, None] & (k + depth < SPAN)[None, :]
-            there = inside[:, None] if SPAN % BK == 0 else inside[:, None] & (k + depth < SPAN)[None, :]
-            x = tl.load(mid_ptrs + entry * T * F + k, mask=there, other=0).T
+            own = (pair >= 0)[:, None] if SPAN % BK == 0 else (pair >= 0)[:, None] & (k + depth < SPAN)[None, :]
+            x = tl.load(mid_ptrs + k, mask=own, other=0).T
             w = tl.load(
                 down_ptrs + expert * (H * F) + k * COLUMN, mask=within, other=FILL, eviction_policy="evict_first"
             )
             acc = tl.dot(w, x, acc, input_precision="ieee")
     if down_bias_ptr is not None:
-        slots = tl.arange(0, KP)
-        known = inside[:, None] & (slots < K)[None, :]
-        pairs = tokens[:, None] * K + slots[None, :]
-        ids = tl.load(ids_ptr + pairs, mask=known, other=-1)
         given = tl.load(weights_ptr + pairs, mask=known, other=0).to(tl.float32)
         for entry in tl.range(share, count, SPLIT, num_stages=1):
             expert = tl.load(active_ptr + entry)
@@ -311,28 +312,34 @@ def launch(
         hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias: as in experts_cpu.launch. Rows of
             hidden that are not routed, and weights of experts that nobody uses, may hold anything.
         active: [1, E] int32, the experts that `ids` holds, each once, in any order, then anything.
-        counts: [1] int32, how many those are. Both come from dmoe::route, or both are None.
+        counts: [1] int32, how many those are. Both come from dmoe::route, or both are None. With more than
+            DENSE_TOKENS tokens, a list is worth giving where they share few experts.
         layout, transposed, down_transposed, activation, alpha, limit: as in experts_cpu.launch.
         autotune: time the candidates for this GPU and these sizes at the first call, instead of the default tiles.
 
     Raises:
         ValueError: where check() does.
     """
-    check(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, active, counts, layout,
-          transposed, down_transposed, activation, alpha, limit)  # fmt: skip
+    check(
+        Operands(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
+                 down_transposed, activation, alpha, limit),
+        active, counts,
+    )  # fmt: skip
     T, _ = hidden.shape  # the only size that may be symbolic: a kernel is compiled for each of the others
     E, k = int(gate_up.shape[0]), int(ids.shape[1])
     F, H = (int(size) for size in (down.shape[1:] if down_transposed else down.shape[:0:-1]))
     dense = active is not None and T <= DENSE_TOKENS
+    listed = active is not None and T <= LISTED_TOKENS
     gated = layout != "plain"
     target = target_of(hidden.device)
-    config = default_config(target, T, H, F, E, k, hidden.itemsize, gated, dense)
+    config = default_config(target, T, H, F, E, k, hidden.itemsize, gated, listed)
     BT, SPLIT = config.tokens, config.split
     hidden, ids, weights = hidden.contiguous(), ids.contiguous(), weights.contiguous()
     entries = min(E, BT * k) if dense else E
-    mid = hidden.new_empty((entries * T if dense else T * k), F)
-    partials = hidden.new_empty((SPLIT if dense else k), T, H, dtype=torch.float32)
-    tiles = 1 if dense else config.tiles
+    active, counts = (active, counts) if listed else (None, None)
+    mid = hidden.new_empty(T * k, F)
+    partials = hidden.new_empty((SPLIT if listed else k), T, H, dtype=torch.float32)
+    tiles = config.tiles
     sizes: dict[str, Any] = dict(T=T, H=H, F=F, K=k, KP=triton.next_power_of_2(k), BT=BT)
 
     tried = candidates(target, config.gate_up, 2 if gated else 1, BT, H, hidden.itemsize) if autotune else ()
@@ -340,8 +347,8 @@ def launch(
     width = 2 * F if layout in ("concatenated", "interleaved") else F
     wrap_triton(gate_up_kernel)[lambda meta: (triton.cdiv(F, meta["BN"]) * tiles, entries)](
         hidden_ptr=hidden, ids_ptr=ids, weights_ptr=weights, gate_up_ptr=gate_up, up_ptr=up,
-        gate_up_bias_ptr=gate_up_bias, up_bias_ptr=up_bias, active_ptr=active if dense else None,
-        counts_ptr=counts if dense else None, mid_ptr=mid, **sizes,
+        gate_up_bias_ptr=gate_up_bias, up_bias_ptr=up_bias, active_ptr=active,
+        counts_ptr=counts, mid_ptr=mid, **sizes,
         EXPERT=width * H, ROW=1 if transposed else H, COLUMN=width if transposed else 1,
         UP=F if transposed else F * H, LAYOUT=layout, ACTIVATION=activation,
         ALPHA=alpha if activation == "swigluoai" else 0.0, LIMIT=limit if activation == "swigluoai" else 0.0,
@@ -351,11 +358,11 @@ def launch(
     span = F // config.cuts
     tried = candidates(target, config.down, 1, BT, span, hidden.itemsize) if autotune else ()
     sizes |= dict(ROW=1 if down_transposed else F, COLUMN=H if down_transposed else 1)
-    if dense:
+    if listed:
         down_kernel = _tuned(_down_dense_kernel, config.down, tried)
-        wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]), SPLIT)](
+        wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]) * tiles, SPLIT)](
             mid_ptr=mid, ids_ptr=ids, weights_ptr=weights, down_ptr=down, down_bias_ptr=down_bias, active_ptr=active,
-            counts_ptr=counts, partials_ptr=partials, **sizes, SPLIT=SPLIT, CUTS=config.cuts,
+            counts_ptr=counts, partials_ptr=partials, **sizes, SPLIT=SPLIT, CUTS=config.cuts, TILES=tiles,
         )  # fmt: skip
     else:
         down_kernel = _tuned(_down_routed_kernel, config.down, tried)
@@ -366,28 +373,10 @@ def launch(
     return partials
 
 
-def check(
-    hidden: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    active: Tensor | None,
-    counts: Tensor | None,
-    layout: str,
-    transposed: bool,
-    down_transposed: bool,
-    activation: str,
-    alpha: float,
-    limit: float,
-) -> None:
-    """Raise ValueError, in words for a report, for what launch() does not take; its arguments may be fake tensors."""
-    experts_cpu.check(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
-                      down_transposed, activation)  # fmt: skip
+def check(given: Operands, active: Tensor | None, counts: Tensor | None) -> None:
+    """Raise ValueError, in words for a report, for what launch() does not take; tensors may be fake."""
+    experts_cpu.check(given)
+    hidden, ids, gate_up, down = given.hidden, given.ids, given.gate_up, given.down
     if 0 in (*gate_up.shape, *down.shape, ids.shape[1]):
         got = f"gate_up {list(gate_up.shape)}, down {list(down.shape)} and ids {list(ids.shape)}"
         raise ValueError(f"experts: {got} have a dimension of 0, which leaves nothing to compute")
@@ -396,25 +385,22 @@ def check(
             f"experts: T={hidden.shape[0]} tokens, but at most {MAX_TOKENS} are worth it, as every program searches "
             "them all; a grouped matmul of tokens sorted by expert takes more"
         )
-    for name, floats in (
-        ("weights", weights),
-        ("gate_up_bias", gate_up_bias),
-        ("up_bias", up_bias),
-        ("down_bias", down_bias),
-    ):
+    for name in ("weights", "gate_up_bias", "up_bias", "down_bias"):
+        floats = getattr(given, name)
         if floats is not None and not floats.is_floating_point():
             raise ValueError(f"experts: {name} is {floats.dtype}, but must be a float type")
         if floats is not None and name != "weights" and not floats.is_contiguous():
             raise ValueError(f"experts: {name} has strides {floats.stride()}, but must be contiguous")
-    if up_bias is not None and layout != "separate":
-        raise ValueError(f"experts: up_bias is given, but with layout {layout!r} all biases are in gate_up_bias")
+    if given.up_bias is not None and given.layout != "separate":
+        raise ValueError(f"experts: up_bias is given, but with layout {given.layout!r} all biases are in gate_up_bias")
     if (active is None) != (counts is None):
         raise ValueError("experts: active and counts are the two halves of one list; give both or neither")
     for name, numbers, shape in (("active", active, (1, gate_up.shape[0])), ("counts", counts, (1,))):
         if numbers is not None and (tuple(numbers.shape) != shape or numbers.dtype != torch.int32):
             got = f"{numbers.dtype}{list(numbers.shape)}"
             raise ValueError(f"experts: {name} is {got}, but must be int32{list(shape)}, of one block")
-    if activation == "swigluoai" and not (isfinite(alpha) and isfinite(limit) and limit > 0):
+    alpha, limit = given.alpha, given.limit
+    if given.activation == "swigluoai" and not (isfinite(alpha) and isfinite(limit) and limit > 0):
         raise ValueError(f"experts: alpha={alpha} and limit={limit} of 'swigluoai' must be finite, and limit above 0")
 
 
@@ -461,33 +447,37 @@ class Config:
     """How both launches are cut up."""
 
     tokens: int
-    tiles: int  # of one expert's tokens that go to programs of their own, in the routed variant
+    tiles: int  # of tokens (of one expert's, where routed) that go to programs of their own
     gate_up: Tile
     down: Tile
-    split: int  # partials of the dense variant
+    split: int  # partials of the second launch, where it has the list
     cuts: int  # of the expert width, among those
 
 
 def default_config(
-    target: Target, T: int, H: int, F: int, E: int, k: int, itemsize: int, gated: bool, dense: bool
+    target: Target, T: int, H: int, F: int, E: int, k: int, itemsize: int, gated: bool, listed: bool
 ) -> Config:
     """Return tiles that were compiled for each of TARGETS and keep everything in registers; none was timed.
 
     64 rows are what one warp group's tensor core instruction wants; the rest follows from the sizes.
     """
     # A routed expert may well get four times the mean: what is over takes another turn, which reads weights again.
-    wanted = T if dense else min(T, 4 * T * k // E)
+    wanted = T if listed else min(T, 4 * T * k // E)
     tokens = 16 if wanted <= 16 else 32 if wanted <= 32 else 64
     tiles = min(_MOST_TILES, triton.cdiv(T, tokens))
-    tiles_of_h = triton.cdiv(H, 64)
-    split = min(MOST_PARTIALS, max(1, round(target.processors / tiles_of_h))) if dense else 1
-    cuts = _cuts(F, split) if dense else 1
+    programs = triton.cdiv(H, 64) * tiles
+    split = min(MOST_PARTIALS, max(1, round(target.processors / programs))) if listed else 1
+    cuts = _cuts(F, split) if listed else 1
     depths = (64, 32) if itemsize == 2 else (32, 16)
     gate_up = _tile(target, 2 if gated else 1, tokens, _depth(H, depths), itemsize)
     # A step of twice the depth halves the steps, but a pipeline needs two within an expert to run on into the next.
     span = F // cuts
     deeper = (128,) if itemsize == 2 and not target.steps_in_registers and span >= 256 else ()
     down = _tile(target, 1, tokens, _depth(span, (*deeper, *depths)), itemsize)
+    if listed and tiles > 1:
+        # Programs with other tokens ask for the same weights, so fewer bytes are on their way: they need more steps.
+        steps = target.shared_bytes // _step_bytes(1, down.rows, tokens, down.depth, itemsize)
+        down = replace(down, stages=max(down.stages, min(2 * target.stages, steps)))
     return Config(tokens, tiles, gate_up, down, cuts * triton.cdiv(split, cuts), cuts)
 
 
@@ -535,9 +525,14 @@ def _tile(
     target: Target, operands: int, tokens: int, depth: int, itemsize: int, rows: int = 64, warps: int = 4
 ) -> Tile:
     """Return the tile with as many stages as fit the target, or with one."""
-    step_bytes = (operands * rows + tokens) * depth * itemsize
-    steps = target.shared_bytes // step_bytes + (1 if target.steps_in_registers else 0)
+    steps = target.shared_bytes // _step_bytes(operands, rows, tokens, depth, itemsize)
+    steps += 1 if target.steps_in_registers else 0
     return Tile(rows, depth, warps, max(1, min(target.stages, steps)))
+
+
+def _step_bytes(operands: int, rows: int, tokens: int, depth: int, itemsize: int) -> int:
+    """Return the shared memory that one step of a pipeline takes."""
+    return (operands * rows + tokens) * depth * itemsize
 
 
 @functools.cache  # one object each: whoever traces a launch keeps it

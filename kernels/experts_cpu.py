@@ -23,7 +23,7 @@ import ctypes
 import functools
 import platform
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +50,26 @@ FLAGS: dict[Isa, tuple[str, ...]] = {
     "portable": (_O2, "-march=x86-64") if platform.machine() in ("x86_64", "AMD64") else (_O2,),
 }
 _ELEMENTS = {torch.float32: "float", torch.bfloat16: "BFloat", torch.float16: "Half"}  # as the source names them
+
+
+class Operands(NamedTuple):
+    """The experts of a layer and the tokens that are routed to them; launch() says what each is."""
+
+    hidden: Tensor
+    ids: Tensor
+    weights: Tensor
+    gate_up: Tensor
+    up: Tensor | None
+    down: Tensor
+    gate_up_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    layout: str
+    transposed: bool
+    down_transposed: bool
+    activation: str
+    alpha: float
+    limit: float
 
 
 def launch(
@@ -94,12 +114,13 @@ def launch(
         ValueError: for shapes, dtypes and names that don't fit.
         MemoryError: if the kernel gets no memory to work in.
     """
-    check(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
-          down_transposed, activation, out_dtype)  # fmt: skip
+    given = Operands(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
+                     down_transposed, activation, alpha, limit)  # fmt: skip
+    check(given, out_dtype)
     kernel = built(hidden.dtype) if hidden.device.type == "cpu" and down.numel() else None
-    way = composed if kernel is None else functools.partial(run, kernel)
-    return way(hidden, ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias, layout, transposed,
-               down_transposed, activation, alpha, limit, out_dtype or hidden.dtype)  # fmt: skip
+    if kernel is None:
+        return composed(given, out_dtype or hidden.dtype)
+    return run(kernel, given, out_dtype or hidden.dtype)
 
 
 def available(dtype: torch.dtype) -> bool:
@@ -130,88 +151,54 @@ def best_isa() -> Isa:
     return next(isa for isa, needs in _NEEDS.items() if all(has.get(each) for each in needs))
 
 
-def run(
-    kernel: Callable[..., int],
-    hidden: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    layout: str,
-    transposed: bool,
-    down_transposed: bool,
-    activation: str,
-    alpha: float,
-    limit: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def run(kernel: Callable[..., int], given: Operands, out_dtype: torch.dtype) -> Tensor:
     """Return what launch() does, by the kernel; operands are those that check() has let pass."""
+    hidden = given.hidden
     out = torch.empty(hidden.shape, dtype=out_dtype)
     if out.numel() == 0:
         return out
-    biases = (
-        None if bias is None else bias.to(hidden.dtype).contiguous() for bias in (gate_up_bias, up_bias, down_bias)
-    )
-    routed = hidden.contiguous(), ids.to(torch.int64).contiguous(), weights.to(torch.float32).contiguous()
-    operands = [*routed, gate_up, up, down, *biases, out]  # held until the call returns
-    sizes = *ids.shape, gate_up.shape[0], hidden.shape[1], down.shape[1 if down_transposed else 2]
+    biases = given.gate_up_bias, given.up_bias, given.down_bias
+    routed = hidden.contiguous(), given.ids.to(torch.int64).contiguous(), given.weights.to(torch.float32).contiguous()
+    added = (None if bias is None else bias.to(hidden.dtype).contiguous() for bias in biases)
+    operands = (*routed, given.gate_up, given.up, given.down, *added, out)  # held until the call returns
+    width = given.down.shape[1 if given.down_transposed else 2]
+    sizes = *given.ids.shape, given.gate_up.shape[0], hidden.shape[1], width
     form = (
-        list(_ELEMENTS).index(out_dtype), get_args(Layout).index(layout), transposed, down_transposed,
-        get_args(Activation).index(activation), alpha, limit, torch.get_num_threads(),
+        list(_ELEMENTS).index(out_dtype), get_args(Layout).index(given.layout), given.transposed, given.down_transposed,
+        get_args(Activation).index(given.activation), given.alpha, given.limit, torch.get_num_threads(),
     )  # fmt: skip
     if kernel(*(None if x is None else x.data_ptr() for x in operands), *sizes, *form):
-        raise MemoryError(f"experts: no memory to work in for T, k = {tuple(ids.shape)}; call it on fewer tokens?")
+        size = tuple(given.ids.shape)
+        raise MemoryError(f"experts: no memory to work in for T, k = {size}; call it on fewer tokens?")
     return out
 
 
-def composed(
-    hidden: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    layout: str,
-    transposed: bool,
-    down_transposed: bool,
-    activation: str,
-    alpha: float,
-    limit: float,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def composed(given: Operands, out_dtype: torch.dtype) -> Tensor:
     """Return what launch() does, in PyTorch, which rounds to hidden's dtype after every operation of an expert."""
+    hidden, ids, layout = given.hidden, given.ids, given.layout
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
     for e in ids.unique().tolist():
-        if not 0 <= e < len(gate_up):
+        if not 0 <= e < len(given.gate_up):
             continue
         tokens, slots = (ids == e).nonzero(as_tuple=True)
-        gate = _project(hidden[tokens], gate_up[e], gate_up_bias, e, transposed)
+        gate = _project(hidden[tokens], given.gate_up[e], given.gate_up_bias, e, given.transposed)
         other = None
         if layout == "concatenated":
             gate, other = gate.chunk(2, dim=-1)
         elif layout == "interleaved":
             gate, other = gate[:, 0::2], gate[:, 1::2]
-        elif up is not None:
-            other = _project(hidden[tokens], up[e], up_bias, e, transposed)
-        mid = activated(gate, other, activation, alpha, limit)
-        result = _project(mid, down[e], down_bias, e, down_transposed)
-        out[tokens] += weights[tokens, slots].float().unsqueeze(-1) * result.float()
+        elif given.up is not None:
+            other = _project(hidden[tokens], given.up[e], given.up_bias, e, given.transposed)
+        mid = activated(gate, other, given.activation, given.alpha, given.limit)
+        result = _project(mid, given.down[e], given.down_bias, e, given.down_transposed)
+        out[tokens] += given.weights[tokens, slots].float().unsqueeze(-1) * result.float()
     return out.to(out_dtype)
 
 
-def reference(hidden: Tensor, ids: Tensor, weights: Tensor, *bank_and_form: Any) -> Tensor:
-    """Return what launch() computes, [T, H] fp32, with nothing rounded below that; its arguments are launch()'s."""
-    given = (hidden, ids, weights, *bank_and_form)
-    args: list[Any] = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given]
-    args.append(torch.float32)
-    return composed(*args)
+def reference(given: Operands) -> Tensor:
+    """Return what launch() computes, [T, H] fp32, with nothing rounded below that."""
+    wide: Any = (x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    return composed(Operands(*wide), torch.float32)
 
 
 def activated(gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float) -> Tensor:
@@ -231,23 +218,9 @@ def activated(gate: Tensor, up: Tensor | None, activation: str, alpha: float, li
     return acted if up is None else acted * up
 
 
-def check(
-    hidden: Tensor,
-    ids: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    up: Tensor | None,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    layout: str,
-    transposed: bool,
-    down_transposed: bool,
-    activation: str,
-    out_dtype: torch.dtype | None = None,
-) -> None:
-    """Raise ValueError unless the operands of experts fit together; see launch() for what each is."""
+def check(given: Operands, out_dtype: torch.dtype | None = None) -> None:
+    """Raise ValueError unless the operands of experts fit together."""
+    hidden, ids, weights, gate_up, up, down, *biases, layout, transposed, down_transposed, activation, _, _ = given
     if out_dtype not in (None, *_ELEMENTS):
         raise ValueError(f"experts: out_dtype is {out_dtype}, but must be fp32, bf16 or fp16")
     if layout not in get_args(Layout) or activation not in get_args(Activation):
@@ -272,15 +245,12 @@ def check(
     if (up is None) != (layout != "separate") or (up is not None and up.shape != gate_up.shape):
         got = "None" if up is None else _describe(up)
         raise ValueError(f"experts: up is {got}; with layout 'separate' it is like gate_up, with others None")
-    operands = (ids, weights, gate_up, up, down, gate_up_bias, up_bias, down_bias)
+    operands = (ids, weights, gate_up, up, down, *biases)
     if any(x is not None and x.device != hidden.device for x in operands):
         got = ", ".join(str(x.device) for x in (hidden, *operands) if x is not None)
         raise ValueError(f"experts: operands are on {got}, but must be on one device")
-    for name, bias, size in (
-        ("gate_up_bias", gate_up_bias, rows),
-        ("up_bias", up_bias, width),
-        ("down_bias", down_bias, columns),
-    ):
+    names = ("gate_up_bias", "up_bias", "down_bias")
+    for name, bias, size in zip(names, biases, (rows, width, columns), strict=True):
         if bias is not None and tuple(bias.shape) != (num_experts, size):
             raise ValueError(f"experts: {name} is {_describe(bias)}, but must be [{num_experts}, {size}]")
     for name, operand in (("gate_up", gate_up), ("up", up), ("down", down)):

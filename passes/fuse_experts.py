@@ -22,7 +22,7 @@ from math import prod
 from typing import Any
 
 import torch
-from dmoe_compile.kernels.experts_cpu import check, reference  # also registers dmoe::experts_cpu
+from dmoe_compile.kernels.experts_cpu import Operands, check, reference  # also registers dmoe::experts_cpu
 from dmoe_compile.passes.constrain import Tracer
 from dmoe_compile.passes.inline import between
 from dmoe_compile.passes.region import Region, cut, hints, made_up, scalars
@@ -150,8 +150,9 @@ class Reader:
             for i, bank in enumerate(readings):
                 if i in wrong:
                     continue
-                operands = [None if node is None else weights[node][few] for node in bank.weights]
-                off = float((reference(*rows, *operands, *bank.form.arguments) - own).norm() / own.norm())
+                operands: Any = (None if node is None else weights[node][few] for node in bank.weights)
+                computed = reference(Operands(*rows, *operands, *bank.form.arguments))
+                off = float((computed - own).norm() / own.norm())
                 if not off <= _TOLERANCE[hidden.dtype]:
                     wrong[i] = f"{bank.form.activation} {bank.form.layout}: off by {off:.2g}"
         right = [i for i in range(len(readings)) if i not in wrong]
@@ -428,12 +429,10 @@ def _fits(site: Site, bank: Bank) -> bool:
     assert site.weights is not None
     values = [node.meta["val"] for node in (bank.hidden, site.ids, site.weights)]
     hidden, ids, weights = (torch.empty(hints(x.shape), dtype=x.dtype, device="meta") for x in values)
-    args: Any = [hidden.reshape(-1, hidden.shape[-1])]
-    args += [ids.reshape(-1, site.top_k), weights.reshape(-1, site.top_k)]
-    args += [None if node is None else node.meta["val"].to("meta") for node in bank.weights]
-    args += [*bank.form.arguments[:4], site.combine.meta["val"].dtype]
+    rows: Any = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1, site.top_k), weights.reshape(-1, site.top_k)
+    bank_values: Any = (None if node is None else node.meta["val"].to("meta") for node in bank.weights)
     try:
-        check(*args)
+        check(Operands(*rows, *bank_values, *bank.form.arguments), site.combine.meta["val"].dtype)
     except ValueError:
         return False
     return True

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dmoe_compile.kernels.limits import DENSE_TOKENS
+from dmoe_compile.kernels.limits import DENSE_TOKENS, LISTED_TOKENS
 from dmoe_compile.passes.constrain import Layout, Settings, Tracer
 from dmoe_compile.passes.fuse_experts import SYMBOLIC, Reader
 from dmoe_compile.passes.inline import between
@@ -137,7 +137,8 @@ def route(
     for old, new in ((site.ids, ids), (site.weights, weights)):
         old.replace_all_uses_with(_like(graph, new, old))
     blocks = 1 if whole else batch // candidates * -(-seq // settings.block_length)
-    return Routed(ids, weights, active, counts, listed=blocks == 1 and batch * seq <= DENSE_TOKENS)
+    few = LISTED_TOKENS if method[0] != "own" else DENSE_TOKENS  # many tokens' own choices are most of the experts
+    return Routed(ids, weights, active, counts, listed=blocks == 1 and batch * seq <= few)
 
 
 class _Route:

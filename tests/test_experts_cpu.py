@@ -26,7 +26,17 @@ import pytest
 import torch
 from dmoe_compile.kernels import experts_cpu as module
 from dmoe_compile.kernels import native
-from dmoe_compile.kernels.experts_cpu import Activation, Isa, Layout, available, best_isa, built, launch, reference
+from dmoe_compile.kernels.experts_cpu import (
+    Activation,
+    Isa,
+    Layout,
+    Operands,
+    available,
+    best_isa,
+    built,
+    launch,
+    reference,
+)
 from hypothesis import given
 from torch import Tensor
 from torch._inductor import config
@@ -69,7 +79,8 @@ def on(isa: str) -> Callable[..., Tensor]:
     """Return launch() on an instruction set, for operands that fit."""
 
     def run(**args: Any) -> Tensor:
-        return module.run(built(args["hidden"].dtype, isa), **{"out_dtype": args["hidden"].dtype} | args)
+        dtype = args.pop("out_dtype", args["hidden"].dtype)
+        return module.run(built(args["hidden"].dtype, isa), Operands(**args), dtype)
 
     return run
 
@@ -128,11 +139,11 @@ def routing(T: int, E: int, k: int) -> Tensor:
 
 def check(isa: str, args: dict[str, Any]) -> Tensor:
     out = on(isa)(**args)
-    truth = reference(*args.values())
+    truth = reference(Operands(**args))
     assert out.dtype == args["hidden"].dtype
     assert not truth.isnan().any()
     slots = (dict(ids=args["ids"][:, [k]], weights=args["weights"][:, [k]]) for k in range(args["ids"].shape[1]))
-    summed = sum(reference(*(args | slot).values()).abs() for slot in slots)  # may be more than is left of it
+    summed = sum(reference(Operands(**args | slot)).abs() for slot in slots)  # may be more than is left of it
     bound = ROUNDING[args["hidden"].dtype] * max(float(summed.max()), 1e-3)
     torch.testing.assert_close(out.float(), truth, rtol=0, atol=bound)
     return out
@@ -248,7 +259,7 @@ def test_nan_and_huge_values_do_what_they_do_in_torch(isa: str, activation: str)
     args = operands(torch.tensor([[0], [0], [0], [2]]), 2, activation=activation, layout=layout)
     args["hidden"][1] *= 1e9  # past what exp takes
     args["hidden"][2, 0] = torch.nan
-    out, truth = on(isa)(**args), reference(*args.values())
+    out, truth = on(isa)(**args), reference(Operands(**args))
     assert truth[2].isnan().all()
     assert truth[[0, 1, 3]].isfinite().all()
     scale = truth.abs().amax(-1, keepdim=True).nan_to_num(1).clamp(1)  # the huge token's would hide the others
@@ -525,7 +536,7 @@ def test_without_a_compiler_pytorch_runs_instead(change: dict[str, Any], caplog:
         with config.patch({"cpp.cxx": ("/nowhere/g++",)}):
             for dtype in DTYPES:
                 assert not available(dtype)
-            torch.testing.assert_close(launch(**args), reference(*args.values()))
+            torch.testing.assert_close(launch(**args), reference(Operands(**args)))
     finally:
         for cache in caches:
             cache.cache_clear()

@@ -16,7 +16,9 @@ import pytest
 import torch
 from dmoe_compile.kernels import experts as module
 from dmoe_compile.kernels import experts_cpu
-from dmoe_compile.kernels.experts import DENSE_TOKENS, MOST_PARTIALS, TARGETS, default_config, experts, launch
+from dmoe_compile.kernels.experts import MOST_PARTIALS, TARGETS, default_config, experts, launch
+from dmoe_compile.kernels.experts_cpu import Operands
+from dmoe_compile.kernels.limits import DENSE_TOKENS, LISTED_TOKENS
 from torch import Tensor
 from torch._library.triton import get_triton_kernels_for_op
 from torch._subclasses import FakeTensorMode
@@ -103,11 +105,15 @@ def routing(T: int, E: int, k: int) -> Tensor:
     return ids
 
 
+def truth_of(args: Args) -> Tensor:
+    return experts_cpu.reference(Operands(**{name: x for name, x in args.items() if name not in ("active", "counts")}))
+
+
 def check(args: Args, seed: int | None = None) -> Tensor:
     """Compare the interpreted op with the truth, and return its partials."""
     with interpreted(seed=seed):
         partials = experts(**args)
-    truth = experts_cpu.reference(*(x for name, x in args.items() if name not in ("active", "counts")))
+    truth = truth_of(args)
     assert not truth.isnan().any()
     bound = ROUNDING[args["hidden"].dtype] * max(truth.abs().max().item(), 1e-3)
     torch.testing.assert_close(partials.sum(0), truth, rtol=0, atol=bound)
@@ -158,7 +164,10 @@ SIZES = {  # listed, T, E, k, H, F
     "the width cut into shares": (True, 33, 3, 1, 128, 256),
     "a step of the width and a bit": (True, 16, 4, 2, 200, 72),
     "the most tokens of the dense variant": (True, DENSE_TOKENS, 4, 2, 72, 136),
-    "a list of no use": (True, DENSE_TOKENS + 1, 4, 2, 64, 64),
+    "a list for the second launch only": (True, DENSE_TOKENS + 1, 4, 2, 64, 64),
+    "a list, and three tiles of tokens": (True, 130, 6, 3, 72, 136),
+    "the most tokens that a list is read for": (True, LISTED_TOKENS, 6, 3, 72, 40),
+    "a list of no use": (True, LISTED_TOKENS + 1, 4, 2, 64, 64),
     "one routed token": (False, 1, 4, 2, 72, 40),
     "routed, tiles that fit": (False, 33, 3, 3, 128, 128),
     "one expert, which gets two tiles of tokens": (False, 100, 1, 1, 72, 40),
@@ -174,20 +183,24 @@ def test_sizes(listed: bool, T: int, E: int, k: int, H: int, F: int) -> None:
 def test_tokens_that_crowd_at_an_expert_take_turns() -> None:
     ids = torch.stack([torch.zeros(150, dtype=torch.int64), torch.arange(150) % 3 + 1], -1)
     ids[::7] = 9
-    partials = check(operands(ids, 5, biases=True, layout="interleaved"))
+    partials = check(operands(ids, 5, biases=True, layout="interleaved", listed=False))
     assert partials.shape == (2, 150, 72)
 
 
-@pytest.mark.parametrize("T", [20, 80])
-def test_nobody_is_routed(T: int) -> None:
-    args = operands(torch.full((T, 2), 4), 4, biases=True)
+# Both launches dense over T, the second alone, neither.
+variants = pytest.mark.parametrize(("T", "listed"), [(20, True), (80, True), (80, False)])
+
+
+@variants
+def test_nobody_is_routed(T: int, listed: bool) -> None:
+    args = operands(torch.full((T, 2), 4), 4, biases=True, listed=listed)
     with interpreted():
         assert not experts(**args).any()
 
 
-@pytest.mark.parametrize("T", [20, 80])
-def test_programs_may_run_in_any_order(T: int) -> None:
-    args = operands(routing(T, 6, 3), 6, biases=True, dtype=torch.bfloat16)
+@variants
+def test_programs_may_run_in_any_order(T: int, listed: bool) -> None:
+    args = operands(routing(T, 6, 3), 6, biases=True, dtype=torch.bfloat16, listed=listed)
     results = [check(args, seed) for seed in (None, 1, 2)]
     assert all(torch.equal(result, results[0]) for result in results)
 
@@ -200,7 +213,7 @@ def test_nan_and_huge_values_do_what_they_do_in_torch(activation: str) -> None:
     args["hidden"][2, 0] = torch.nan
     with interpreted():
         out = experts(**args).sum(0)
-    truth = experts_cpu.reference(*(x for name, x in args.items() if name not in ("active", "counts")))
+    truth = truth_of(args)
     assert truth[2].isnan().all()
     assert truth[[0, 1, 3]].isfinite().all()
     # Each token by its own largest value: the huge one's would hide the others.
@@ -239,9 +252,9 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], words: str) -> Non
         launch(**args)
 
 
-@pytest.mark.parametrize("T", [20, 80])
-def test_as_an_operator(T: int) -> None:
-    args = operands(routing(T, 6, 3), 6)
+@variants
+def test_as_an_operator(T: int, listed: bool) -> None:
+    args = operands(routing(T, 6, 3), 6, listed=listed)
     args["hidden"], args["weights"] = args["hidden"].nan_to_num(), args["weights"].nan_to_num()
     before = {name: x.clone() for name, x in args.items() if isinstance(x, Tensor)}
     with interpreted():
@@ -261,7 +274,7 @@ def traced(args: Args, autotune: bool = False) -> tuple[list[list[str]], Tensor]
 
 
 @pytest.mark.parametrize("autotune", [False, True], ids=["", "autotune"])
-@pytest.mark.parametrize(("T", "listed", "partials"), [(20, True, MOST_PARTIALS), (80, True, 3), (20, False, 3)])
+@pytest.mark.parametrize(("T", "listed", "partials"), [(20, True, MOST_PARTIALS), (300, True, 3), (20, False, 3)])
 def test_traced_for_a_gpu_it_is_two_launches(T: int, listed: bool, partials: int, autotune: bool) -> None:
     args = operands(routing(T, 6, 3), 6, listed=listed, biases=True)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -296,6 +309,7 @@ MODELS: dict[str, Args] = {
     "SDAR-30B": dict(T=32, E=128, k=8, H=2048, F=768),
     "LLaDA2-mini": dict(T=32, E=256, k=8, H=2048, F=512),
     "DiffusionGemma-26B": dict(T=256, E=128, k=8, H=2816, F=704, activation="gelu_tanh"),
+    "DiffusionGemma-26B, own routing": dict(T=256, E=128, k=8, H=2816, F=704, activation="gelu_tanh", listed=False),
     "gpt-oss": dict(T=32, E=32, k=4, H=2880, F=2880, activation="swigluoai", layout="interleaved", biases=True,
                     transposed=True, down_transposed=True),
 }  # fmt: skip
@@ -350,9 +364,9 @@ def launches(model: str, target: str, *, dtype: torch.dtype = torch.bfloat16, **
 
 
 def models_and_targets() -> Iterator[Any]:
-    """Yield every pair; LLaDA2-mini's kernels are so much like SDAR's that one target shows every day what differs."""
+    """Yield every pair; where kernels are much like another model's, one target shows every day what differs."""
     for model, target in itertools.product(MODELS, TARGETS):
-        rare = model == "LLaDA2-mini" and target != "sm_90"
+        rare = model in ("LLaDA2-mini", "DiffusionGemma-26B, own routing") and target != "sm_90"
         yield pytest.param(model, target, marks=pytest.mark.nightly if rare else ())
 
 
@@ -374,7 +388,8 @@ def test_compiled_for_gpus(model: str, target: str) -> None:
             assert compiled.count(ASYNC_COPY_128) == compiled.count("LDGSTS")
         # Dense over T there is one loop, fused of two or left of two, and one for the bias of down.
         loops = 1 + (found.given.get("down_bias_ptr") is not None)
-        assert model == "DiffusionGemma-26B" or compiled.asm["ttgir"].count("scf.for ") == loops
+        routed = found.given["ROUTED"] if first else found.kernel.__name__ == "_down_routed_kernel"
+        assert routed or compiled.asm["ttgir"].count("scf.for ") == loops
         check_budget(f"experts {model} {found.kernel.__name__.strip('_')}", compiled)
 
 
@@ -383,6 +398,7 @@ OTHERS: dict[str, Args] = {
     "fp32": dict(dtype=torch.float32),
     "many tokens": dict(T=1000, layout="interleaved", **WIDE),
     "most tokens of the dense variant": dict(T=DENSE_TOKENS, **WIDE),
+    "most tokens with a list": dict(T=LISTED_TOKENS, **WIDE),
     "one token": dict(T=1),
     "one routed token": dict(T=1, listed=False),
     "masked, and no row at a multiple of 16 bytes": dict(H=2050, F=700),
@@ -401,12 +417,12 @@ def test_other_forms_do_not_spill_either(target: str, other: Args) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_shares_cover_everything_once(target: str) -> None:
-    for H, F, T in itertools.product((64, 512, 2048, 2880), (40, 256, 512, 704, 768, 2880), (1, 20, 40)):
+    for H, F, T in itertools.product((64, 512, 2048, 2880), (40, 256, 512, 704, 768, 2880), (1, 20, 40, 200)):
         config = default_config(TARGETS[target], T, H, F, 128, 8, 2, True, True)
         assert config.split % config.cuts == 0
         assert F % config.cuts == 0
         assert config.cuts == 1 or F // config.cuts >= 2 * config.down.depth  # the pipeline's two steps
-        assert config.tokens >= T
+        assert config.tokens * config.tiles >= T
         assert min(config.gate_up.stages, config.down.stages) >= 3
 
 

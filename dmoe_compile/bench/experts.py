@@ -30,9 +30,11 @@ from dmoe_compile.bench.gpu import SHAPES, TINY, Shape
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Group
     from rich.progress import Progress
-    from rich.table import Table
     from torch import Tensor, nn
+
+    from dmoe_compile.kernels.experts_cpu import Operands
 
 NAMES = tuple(SHAPES)
 TOKENS = (32, 64, 128, 256)
@@ -95,31 +97,27 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
         return [env | row for name, dtype in cases for row in _rows(name, dtype, settings, bar)]
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the rows of run() as a table."""
+def table(rows: Sequence[Row]) -> Group:
+    """Return the rows of run() as tables, one for each shape and dtype."""
+    from rich import box
+    from rich.console import Group
     from rich.table import Table
 
-    columns = (
-        "shape",
-        "dtype",
-        "tokens",
-        "experts",
-        "regime",
-        "ms",
-        "GB/s",
-        "fraction",
-        *(f"over {way}" for way in WAYS),
-    )
-    first = rows[0]
-    out = Table(
-        *columns, title="The experts of one layer: medians of interleaved calls",
-        caption=describe(first), caption_justify="left",
-    )  # fmt: skip
+    tables: dict[str, Table] = {}
     for row in rows:
-        over = (f"{row['over'][way]:.2f}x" if way in row["over"] else "" for way in WAYS)
-        size = row["shape"], row["dtype"], str(row["tokens"]), str(row["unique"]), row["regime"]
-        out.add_row(*size, f"{row['ms']['dmoe']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['fraction']:.0%}", *over)
-    return out
+        title = f"{row['shape']}, {row['dtype']}: medians of interleaved calls"
+        ways = [way for way in WAYS if way in row["over"]]
+        columns = "tokens", "experts", "near", "ms", "GB/s", "of roof", *(f"over {way}" for way in ways)
+        if title not in tables:
+            tables[title] = Table(
+                *columns, title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
+            )
+        over = (f"{row['over'][way]:.2f}x" for way in ways)
+        size = str(row["tokens"]), str(row["unique"]), row["regime"].removesuffix("-bound")
+        tables[title].add_row(
+            *size, f"{row['ms']['dmoe']:.2f}", f"{row['gb_per_s']:.1f}", f"{row['fraction']:.2f}", *over
+        )
+    return Group(*tables.values(), describe(rows[0]))
 
 
 def summary(rows: Sequence[Row]) -> Iterator[str]:
@@ -224,11 +222,9 @@ def _ways(
     kernel = experts_cpu.built(banks[0].dtype, settings.isa)
     if kernel is None:
         raise ValueError("the kernel can't be built here; the warning above says why")
-    activation = "gelu_tanh" if experts.config.hidden_act == "gelu_pytorch_tanh" else "silu"  # type: ignore[union-attr]
-    form = "concatenated", False, False, activation, 0.0, 0.0, banks[0].dtype
 
-    def dmoe(gate_up: Tensor, down: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return experts_cpu.run(kernel, hidden, ids, weights, gate_up, None, down, None, None, None, *form)  # type: ignore[arg-type]
+    def dmoe(gate_up: Tensor, down: Tensor, *routed: Tensor) -> Tensor:
+        return experts_cpu.run(kernel, _operands(experts, gate_up, down, *routed), gate_up.dtype)
 
     yield "dmoe", partial(dmoe, *banks)  # type: ignore[arg-type]
     if copied is not None:
@@ -242,6 +238,17 @@ def _ways(
     yield "loop", loop
 
 
+def _operands(
+    experts: nn.Module, gate_up: Tensor, down: Tensor, hidden: Tensor, ids: Tensor, weights: Tensor
+) -> Operands:
+    """Return the kernel's operands for these experts of a module, whose activation they have."""
+    from dmoe_compile.kernels.experts_cpu import Operands
+
+    activation = "gelu_tanh" if experts.config.hidden_act == "gelu_pytorch_tanh" else "silu"  # type: ignore[union-attr]
+    form = "concatenated", False, False, activation, 0.0, 0.0
+    return Operands(hidden, ids, weights, gate_up, None, down, None, None, None, *form)
+
+
 def _verify(
     calls: Mapping[str, Callable[[], Tensor]], experts: nn.Module, given: tuple[Tensor, ...], dtype: str
 ) -> None:
@@ -252,9 +259,8 @@ def _verify(
 
     hidden, ids, weights = (x[:4] for x in given)
     used, places = ids.unique(return_inverse=True)
-    activation = "gelu_tanh" if experts.config.hidden_act == "gelu_pytorch_tanh" else "silu"  # type: ignore[union-attr]
-    bank = experts.gate_up_proj[used], None, experts.down_proj[used], None, None, None  # type: ignore[index]
-    truth = reference(hidden, places, weights, *bank, "concatenated", False, False, activation, 0.0, 0.0)
+    bank = experts.gate_up_proj[used], experts.down_proj[used]  # type: ignore[index]
+    truth = reference(_operands(experts, *bank, hidden, places, weights))
     for way, call in calls.items():
         off = float(torch.norm(call()[:4].float() - truth) / torch.norm(truth))
         if not off < _TOLERANCE[dtype]:

@@ -7,6 +7,8 @@ how many bytes a kernel should move.
     bytes   32-byte sectors that a kernel requests, once for each wave of one program a processor: what programs that
             run together share comes from the cache, and what later ones read again comes from memory again. ATen's
             kernels are not interpreted: their arguments, each once, of the experts' weights the active share.
+    with L2 of these, what a launch reads in several waves counts once, if all that it so reads is less than half of
+            what the second-level cache holds: hidden states, ids and the products between the launches.
     floor   the active experts' weights once, the block's input and its output
     us      for each launch the longer of bytes and dot products, at a share of the vendor's bandwidth and peak,
             and a fixed time a launch
@@ -16,7 +18,7 @@ Left out: attention and norms, latency inside of a kernel, and whether one progr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -27,13 +29,14 @@ from dmoe_compile.bench.gpu import TINY, Shape, build, hold, output, unique_expe
 from dmoe_compile.passes.cost import GPUS, Machine
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.progress import Progress
-    from rich.table import Table
     from torch import Tensor
 
     from dmoe_compile.testing.generated import Generated
     from dmoe_compile.testing.generated_code import Graph
     from dmoe_compile.testing.generated_code import Launch as Step
+    from dmoe_compile.testing.interpreter import Traffic
 
 _ITEMSIZE = 2  # of bf16
 # The vendors' figures, as in passes/cost.py; an H200 is an H100 with faster memory.
@@ -44,6 +47,7 @@ MACHINES = {
     "MI300X": GPUS["gfx942"].machine(_ITEMSIZE),
 }
 _PROCESSORS = 132  # of the GPU whose code is generated, an H100
+_CACHE_BYTES = 25e6  # half of that GPU's second-level cache: weights that stream through take their part of it
 
 
 @dataclass(frozen=True)
@@ -130,12 +134,14 @@ def _counted(found: Generated, shape: Shape, unique: int, settings: Settings) ->
     weights = 3 * shape.hidden * shape.width * _ITEMSIZE * unique
     floor = weights + 2 * shape.tokens * shape.hidden * _ITEMSIZE
     steps = list(_steps(graph, found, unique / shape.num_experts))
-    total = sum(step["bytes"] for step in steps)
+    total, cached = (sum(step[name] for step in steps) for name in ("bytes", "cached_bytes"))
     return {
         "launches": len(steps),
         "bytes": total,
         "floor_bytes": floor,
         "over_floor": total / floor,
+        "cached_bytes": cached,
+        "cached_over_floor": cached / floor,
         "kernels": steps,
         "us": {name: sum(_us(step, machine, settings) for step in steps) for name, machine in MACHINES.items()},
         "floor_us": {name: floor / machine.gb_per_s / 1e3 for name, machine in MACHINES.items()},
@@ -147,13 +153,21 @@ def _steps(graph: Graph, found: Generated, active: float) -> Iterator[Row]:
     ran = iter(found.ran)
     for step in graph.launches:
         if step.kind == "extern":
-            yield {"name": step.name, "bytes": _argument_bytes(step, graph, active), "flops": 0}
+            size = _argument_bytes(step, graph, active)
+            yield {"name": step.name, "bytes": size, "cached_bytes": size, "flops": 0}
             continue
         launch = next(ran)
         moved = sum(traffic.moved for traffic in launch.traffic.values())
-        yield {"name": step.name, "bytes": moved, "flops": launch.flops}
+        cached = _cached(launch.traffic.values())
+        yield {"name": step.name, "bytes": moved, "cached_bytes": cached, "flops": launch.flops}
     if next(ran, None) is not None:
         raise RuntimeError("more kernels ran than the generated code launches")
+
+
+def _cached(traffic: Collection[Traffic]) -> int:
+    """Return the bytes that a launch moves where its cache holds what it reads again, if that is little enough."""
+    again = sum(each.touched for each in traffic if each.moved > each.touched)
+    return sum(each.touched if again < _CACHE_BYTES else each.moved for each in traffic)
 
 
 def _argument_bytes(step: Step, graph: Graph, active: float) -> int:
@@ -169,22 +183,30 @@ def _us(step: Row, machine: Machine, settings: Settings) -> float:
     return float(max(reading, multiplying) / settings.bandwidth_share + settings.launch_us)
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the rows of run() as a table."""
+def table(rows: Sequence[Row]) -> Group:
+    """Return the rows of run() as tables, one for each shape."""
+    from rich import box
+    from rich.console import Group
     from rich.table import Table
 
-    first = rows[0]
-    out = Table(
-        "shape", "way", "used", "launches", "MB", "of floor", *(f"{name} us" for name in MACHINES),
-        title="One mixture-of-experts block, bf16: MODEL, NOT MEASURED. Every launch reaches "
-        f"{first['bandwidth_share']:.0%} of the vendor's bandwidth or peak and costs {first['launch_us']:g} us",
-        caption="MB: counted in the code generated for an H100, every kernel interpreted; of floor: against the active "
-        "experts' weights, input and output once",
-        caption_justify="left",
-    )  # fmt: skip
+    tables: dict[str, Table] = {}
     for row in rows:
+        shape = row["shape"]
+        if shape not in tables:
+            tables[shape] = Table(
+                "way", "used", "launches", "MB", "floor", "with L2", *MACHINES,
+                title=f"{shape}, bf16, last columns in us: MODEL, NOT MEASURED", title_justify="left",
+                box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+            )  # fmt: skip
+        over = f"{row['over_floor']:.3f}", f"{row['cached_over_floor']:.3f}"
         times = (f"{row['us'][name]:.0f}" for name in MACHINES)
-        size = f"{row['bytes'] / 1e6:.1f}"
-        over = f"{row['over_floor']:.3f}"
-        out.add_row(row["shape"], row["way"], str(row["unique"]), str(row["launches"]), size, over, *times)
-    return out
+        size = str(row["unique"]), str(row["launches"]), f"{row['bytes'] / 1e6:.1f}"
+        tables[shape].add_row(row["way"], *size, *over, *times)
+    first = rows[0]
+    assumed = (
+        "MB are counted in the code generated for an H100, every kernel interpreted. Floor: against the active "
+        "experts' weights, input and output once. With L2: the same, where what a launch reads again stays in the "
+        f"cache. Times are of MB, and assume that every launch reaches {first['bandwidth_share']:.0%} of the vendor's "
+        f"bandwidth or peak and costs {first['launch_us']:g} us."
+    )
+    return Group(*tables.values(), assumed)

@@ -148,3 +148,18 @@ def test_experts_false_leaves_the_gpu_to_inductor() -> None:
     with fake_gpu():
         found = generated(torch.compile(module, backend="dmoe", options={"experts": False}), **inputs)
     assert not [launch for launch in found.launches if launch.kind == "user"]
+
+
+@pytest.mark.parametrize(("passes", "kernel"), [([], "_down_routed_kernel"), (["dmoe"], "_down_dense_kernel")])
+def test_where_few_experts_are_in_use_a_long_block_has_no_partial_for_each(passes: list[str], kernel: str) -> None:
+    module, _ = qwen3_moe()
+    x = torch.randn(1, 128, zoo.HIDDEN, generator=torch.Generator().manual_seed(0))
+    options = {"passes": passes, "block_length": 128}
+    block = module.model.layers[0].mlp
+    with fake_gpu():
+        found = generated(torch.compile(block, backend="dmoe", options=options), x)
+    user = [re.sub(r"_\d+$", "", launch.name) for launch in found.launches if launch.kind == "user"]
+    assert user == ["_route_kernel", "_gate_up_kernel", kernel]
+    own = torch.compile(block, backend="dmoe", options={**options, "experts": False})
+    with torch.no_grad():
+        assert_close(found.run(x), own(x), **TOLERANCE)
