@@ -162,6 +162,77 @@ def generate(
     typer.echo(decode_command.describe(row), err=True)
 
 
+Problems = Annotated[int, typer.Option(help="Problems that are decoded, every skill in turn.")]
+Skills = Annotated[str | None, typer.Option(help="Some skills, separated by commas; all by default.")]
+Seed = Annotated[int, typer.Option(help="Of the problems.")]
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="A checkpoint folder; the demo model by default.")] = None,
+    passes: Annotated[str, typer.Option(help="Passes to run, such as team,dmoe.")] = "",
+    option: Options = None,
+    problems: Problems = 500,
+    skills: Skills = None,
+    seed: Seed = 0,
+    batch: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 1,
+    threshold: Annotated[float, typer.Option(help="Tokens that are surer than this are committed at once.")] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the longest answer.")] = 64,
+    block_length: Annotated[int, typer.Option(help="Tokens that are denoised together: the model's own unit.")] = 32,
+    lines: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keep answers here, as JSON lines; go on with what is there."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Compare with the lines of another run, by McNemar's test.")
+    ] = None,
+    threads: Threads = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = None,
+) -> None:
+    """How often a model's final answers are right with some passes, and the experts that it reads for that."""
+    with _usage_errors(json):
+        from dmoe_compile import Config, evaluation
+        from dmoe_compile.bench import require_compiler, require_packages
+
+        require_compiler()
+        require_packages("eval", "scipy")
+        config = Config.from_options({"block_length": block_length, **_options(passes, option or [])})
+        settings = evaluation.Settings(problems, seed, _names(skills) or None, batch, threshold, max_new_tokens)
+        other = None if against is None else evaluation.read(against)
+        with _progress() as progress:
+            run = evaluation.evaluate(model, config, settings, lines, progress, threads, trust_remote_code)
+        row, remarks = evaluation.row(run), evaluation.remarks(run, other)
+    _show(evaluation.table([run] if other is None else [run, other]), [row], json, remarks)
+
+
+@app.command()
+def pareto(
+    folder: Annotated[Path, typer.Argument(help="Takes a file of lines for every setting, and the picture.")],
+    model: Annotated[str | None, typer.Option(help="A checkpoint folder; the demo model by default.")] = None,
+    tuned: Annotated[str | None, typer.Option(help="The same, tuned with the dmoe pass: curves of its own.")] = None,
+    problems: Problems = 500,
+    skills: Skills = None,
+    seed: Seed = 0,
+    min_experts: Annotated[int | None, typer.Option(help="Smallest coreset of dmoe; the model's k by default.")] = None,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Accuracy against unique experts, for every method and a range of its options: a table and a picture."""
+    with _usage_errors(json):
+        from dmoe_compile import evaluation
+        from dmoe_compile import pareto as sweep
+        from dmoe_compile.bench import require_compiler, require_packages
+
+        require_compiler()
+        require_packages("eval", "scipy", "matplotlib")
+        settings = evaluation.Settings(problems, seed, _names(skills) or None)
+        with _progress() as progress:
+            runs = sweep.sweep(model, settings, folder, tuned, min_experts, progress, threads)
+        files = sweep.draw(runs, folder / "pareto")
+    _show(sweep.table(runs), [evaluation.row(run) for run in runs.values()], json, map(str, files))
+
+
 @bench.command()
 def overhead(
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 12,

@@ -14,6 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+DEMO_MODEL = Path(__file__).with_name("demo_model")  # a checkpoint folder, see its README.md
 VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 32,
@@ -100,6 +101,18 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer of {source} does not load: {_first_line(error)}") from error
+
+
+def need_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a checkpoint folder.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    found = load_tokenizer(source, trust_remote_code)
+    if found is None:
+        raise ValueError(f"{source} has no tokenizer, and texts need one: give the folder of a whole checkpoint")
+    return found
 
 
 def _inputs(

@@ -51,3 +51,16 @@ def _same_start_for_every_test():
     assert current() is None
     yield
     assert current() is None
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a checkpoint like the demonstration model, which has learned nothing, with its tokenizer."""
+    from transformers import Qwen3MoeForCausalLM
+
+    from dmoe_compile import training
+
+    folder, words = tmp_path_factory.mktemp("untrained"), training.tokenizer()
+    torch.manual_seed(0)
+    training.save(Qwen3MoeForCausalLM(training.model_config(words)), words, folder)
+    return str(folder)

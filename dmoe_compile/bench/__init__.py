@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -60,6 +61,13 @@ def write_rows(rows: Iterable[Mapping[str, Any]], destination: str) -> None:
         sys.stdout.flush()
     else:
         Path(destination).write_text(text)
+
+
+def require_packages(extra: str, *names: str) -> None:
+    """Raise ValueError where a package of an extra is not installed: said now, not after an hour."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"{name} is not installed, which this needs: pip install 'dmoe-compile[{extra}]'")
 
 
 def in_fresh_process(module: str, job: Row, cache_folder: str, timeout_s: float | None = None) -> Row:

@@ -1,0 +1,320 @@
+"""How often a model is right with some passes, and what it reads for that: `dmoe eval`.
+
+    run = evaluate(folder, Config(passes=("dmoe",)), Settings(problems=500), Path("dmoe.jsonl"))
+    print(summary(run).accuracy, compare(run, other))
+
+The problems are problems.py's, which ones depends on seed and number alone: two runs of equal settings are paired.
+Every batch is one line of a JSON Lines file, behind a header; a run that was stopped goes on behind its last whole
+line.
+
+The 95% interval of an accuracy is Wilson's. Two runs are compared by McNemar's exact test, on the problems that one of
+them has right and the other wrong.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dmoe_compile import backend, bench, loading, problems
+from dmoe_compile.bench import Bar, Row
+from dmoe_compile.config import Config, check_int
+from dmoe_compile.generation import generate
+from dmoe_compile.report import explain
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+    from transformers import PreTrainedTokenizerBase
+
+_DENOISING = ("first", "denoise", "speculate")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which problems, and how they are decoded.
+
+    Attributes:
+        problems: how many, of every skill in turn.
+        seed: of the problems.
+        skills: some of problems.SKILLS; None is all of them.
+        batch: sequences that are decoded together. Experts are counted by forward, so with more than one it is what all
+            of them read.
+        threshold: tokens that are surer than this are committed at once.
+        max_new_tokens: length of the longest answer.
+    """
+
+    problems: int = 500
+    seed: int = 0
+    skills: tuple[str, ...] | None = None
+    batch: int = 1
+    threshold: float = 0.9
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        check_int("problems", self.problems, "how many are decoded")
+        check_int("batch", self.batch, "sequences that are decoded together")
+        check_int("max_new_tokens", self.max_new_tokens, "length of the longest answer")
+        next(problems.draw("test", self.seed, self.skills))  # which knows what is wrong with a skill
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run comes to.
+
+    Attributes:
+        problems, right: how many, and how many of them ended with the right answer.
+        accuracy, low, high: the share that is right, and its 95% interval.
+        by_skill: share that is right by skill.
+        unique_mean, unique_p95: experts that a layer used in a denoising forward, over layers and forwards.
+        tokens: of all answers.
+        forwards: of each kind.
+        forwards_per_token: all forwards; tokens_per_forward: of the denoising ones alone.
+        expert_bytes_per_token: of expert weights that the forwards read, if each expert in use is read once.
+        seconds: of decoding, compiling left out.
+    """
+
+    problems: int
+    right: int
+    accuracy: float
+    low: float
+    high: float
+    by_skill: dict[str, float]
+    unique_mean: float
+    unique_p95: float
+    tokens: int
+    forwards: dict[str, int]
+    forwards_per_token: float
+    tokens_per_forward: float
+    expert_bytes_per_token: float
+    seconds: float
+
+
+Run = list[Row]  # the lines of a run: a header, and one for every batch
+
+
+def evaluate(
+    model: str | None,
+    config: Config,
+    settings: Settings,
+    file: Path | None = None,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+) -> Run:
+    """Decode problems and return what came of them.
+
+    Args:
+        model: a checkpoint folder with a tokenizer; None is the demonstration model.
+        config: passes and options to compile with; its block_length is the model's.
+        settings: which problems.
+        file: takes the lines as they come; what an earlier run of the same header left there is gone on from.
+        progress: shows a bar.
+        threads: CPU threads; torch's own choice if None.
+        trust_remote_code: run model code that lies in the folder.
+
+    Raises:
+        ValueError: for a folder without a tokenizer, or a file of another run.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    source = str(loading.DEMO_MODEL) if model is None else model
+    words = loading.need_tokenizer(source, trust_remote_code)
+    loaded, _ = loading.load_model(source, trust_remote_code)
+    report = explain(loaded, config=Config(), input_ids=torch.zeros(1, config.block_length, dtype=torch.int64))
+    header = {
+        "kind": "run", "model": model or "demo", "options": config.to_options(), **asdict(settings),
+        "expert_bytes": {site.name: site.expert_bytes for site in report.sites},
+    }  # fmt: skip
+    header = json.loads(json.dumps(header))  # as a file gives it back
+    run = [header | bench.environment()] if file is None else _so_far(file, header)
+    compiled = backend.compile(loaded, replace(config, stats=True))
+    wanted = list(itertools.islice(problems.draw("test", settings.seed, settings.skills), settings.problems))
+    groups = [wanted[i : i + settings.batch] for i in range(0, len(wanted), settings.batch)]
+    bar = Bar(progress, total=len(groups))
+    for number, group in enumerate(groups):
+        if number >= len(run) - 1:
+            before = _recompiles()
+            line = {"kind": "batch", **_decoded(compiled, words, group, config, settings)}
+            if _recompiles() > before:  # which is not decoding
+                line["seconds"] = _decoded(compiled, words, group, config, settings)["seconds"]
+            run.append(line)
+            if file is not None:
+                with file.open("a") as out:
+                    out.write(json.dumps(line) + "\n")
+        bar.say(f"{sum(sum(each['right']) for each in run[1:])} right of {len(run) - 1}")
+        bar.advance()
+    return run
+
+
+def read(file: Path) -> Run:
+    """Return the run that a file holds.
+
+    Raises:
+        ValueError: where it is no file of lines.
+    """
+    try:
+        run = [json.loads(line) for line in file.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} can't be read as a run's lines ({error}); name what --lines wrote") from error
+    if len(run) < 2 or run[0].get("kind") != "run":
+        raise ValueError(f"{file} holds no run; name what --lines wrote")
+    return run
+
+
+def summary(run: Run) -> Summary:
+    """Return what a run comes to."""
+    import numpy as np
+
+    header, batches = run[0], run[1:]
+    right = [each for line in batches for each in line["right"]]
+    skills = [each for line in batches for each in line["skills"]]
+    used: Counter[int] = Counter()
+    nbytes = 0
+    for line in batches:
+        for site, counts in line["unique"].items():
+            for count, times in counts.items():
+                used[int(count)] += times
+                nbytes += int(count) * times * header["expert_bytes"].get(site, 0)
+    tokens = sum(line["tokens"] for line in batches)
+    forwards: Counter[str] = Counter()
+    for line in batches:
+        forwards.update(line["forwards"])
+    every = np.repeat(list(used), list(used.values()))
+    denoising = sum(forwards[kind] for kind in _DENOISING)
+    low, high = _interval(sum(right), len(right))
+    return Summary(
+        len(right), sum(right), sum(right) / len(right), low, high,
+        {skill: _share(r for r, s in zip(right, skills, strict=True) if s == skill) for skill in dict.fromkeys(skills)},
+        float(every.mean()), float(np.percentile(every, 95)), tokens, dict(forwards), forwards.total() / tokens,
+        tokens / denoising, nbytes / tokens, sum(line["seconds"] for line in batches),
+    )  # fmt: skip
+
+
+def compare(run: Run, other: Run) -> tuple[int, int, float]:
+    """Return how many problems only the first run has right, how many only the second, and McNemar's exact p.
+
+    Raises:
+        ValueError: where the runs are not of the same problems.
+    """
+    from scipy.stats import binomtest
+
+    for name in ("problems", "seed", "skills"):
+        if run[0][name] != other[0][name]:
+            raise ValueError(f"{name} is {run[0][name]} in one run and {other[0][name]} in the other: not paired")
+    first, second = ([right for line in each[1:] for right in line["right"]] for each in (run, other))
+    if len(first) != len(second):
+        raise ValueError(f"one run has {len(first)} problems and the other {len(second)}: finish both first")
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    differing = only_first + only_second
+    return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
+
+
+def table(runs: Sequence[Run]) -> Table:
+    """Return what runs come to, a row each."""
+    from rich import box
+    from rich.table import Table
+
+    out = Table(
+        "model", "options", "right", "95%", "experts", "p95", "tokens", "MB", "ms",
+        title="Right final answers; experts of a layer in a denoising forward; tokens a forward; MB of experts and ms "
+        "a token", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for run in runs:
+        found = summary(run)
+        options = ", ".join(f"{name}={value}" for name, value in run[0]["options"].items())
+        out.add_row(
+            Path(run[0]["model"]).name, options or "-", f"{found.accuracy:.1%} of {found.problems}",
+            f"{found.low:.1%}-{found.high:.1%}", f"{found.unique_mean:.1f}", f"{found.unique_p95:.0f}",
+            f"{found.tokens_per_forward:.2f}", f"{found.expert_bytes_per_token / 1e6:.3g}",
+            f"{found.seconds / found.tokens * 1e3:.2f}",
+        )  # fmt: skip
+    return out
+
+
+def row(run: Run) -> Row:
+    """Return a run as one line for --json: its header and its summary."""
+    return run[0] | asdict(summary(run))
+
+
+def remarks(run: Run, other: Run | None) -> list[str]:
+    """Return what the table does not say: skills one by one, and how the run differs from another."""
+    found = [f"{skill}: {share:.1%}" for skill, share in summary(run).by_skill.items()]
+    if other is not None:
+        mine, theirs, chance = compare(run, other)
+        found.append(f"right here alone {mine}, there alone {theirs}; McNemar's exact test: p = {chance:.2g}")
+    return found
+
+
+def _decoded(
+    compiled: Any, words: PreTrainedTokenizerBase, group: Sequence[problems.Problem], config: Config, settings: Settings
+) -> Row:
+    """Decode a few problems together and return what came of it."""
+    prompts = [torch.tensor(words(each.prompt)["input_ids"]) for each in group]
+    lengths = torch.tensor([len(each) for each in prompts]).unsqueeze(1)
+    input_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+    unique: dict[str, Counter[int]] = {}
+
+    def count(line: Mapping[str, Any]) -> None:
+        if line.get("forward") in _DENOISING:
+            for site, used in line["unique_experts"].items():
+                unique.setdefault(site, Counter())[used] += 1
+
+    start = time.perf_counter()
+    result = generate(
+        compiled, input_ids, attention_mask=torch.arange(input_ids.shape[1]) < lengths,
+        block_length=config.block_length, mask_token_id=words.mask_token_id, threshold=settings.threshold,
+        max_new_tokens=settings.max_new_tokens, trace=count,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    texts = [words.decode(answer, skip_special_tokens=True) for answer in result.answers]
+    return {
+        "skills": [each.skill for each in group],
+        "right": [problems.graded(each, text) for each, text in zip(group, texts, strict=True)],
+        "texts": texts,
+        "tokens": sum(map(len, result.answers)),
+        "forwards": result.forwards,
+        "unique": {site: {str(used): times for used, times in counts.items()} for site, counts in unique.items()},
+        "seconds": seconds,
+    }
+
+
+def _recompiles() -> int:
+    """Return how often Dynamo has compiled something in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _so_far(file: Path, header: Row) -> Run:
+    """Return an earlier run of this header; begin the file where there is none."""
+    if not file.is_file():
+        run = [header | bench.environment()]
+        file.write_text(json.dumps(run[0]) + "\n")
+        return run
+    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    run = [json.loads(line) for line in whole]
+    found = {name: run[0].get(name) for name in header} if run else None
+    if found != header:
+        raise ValueError(f"{file} holds another run ({found}), not {header}: name another file, or remove it")
+    file.write_text("".join(whole))  # without a last line that was cut off
+    return run
+
+
+def _interval(right: int, number: int) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
+    found = binomtest(right, number).proportion_ci(0.95, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def _share(right: Iterable[bool]) -> float:
+    each = list(right)
+    return sum(each) / len(each)
