@@ -169,7 +169,7 @@ Seed = Annotated[int, typer.Option(help="Of the problems.")]
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str | None, typer.Argument(help="A checkpoint folder; the demo model by default.")] = None,
+    model: Annotated[str, typer.Argument(help="A checkpoint folder with a tokenizer.")],
     passes: Annotated[str, typer.Option(help="Passes to run, such as team,dmoe.")] = "",
     option: Options = None,
     problems: Problems = 500,
@@ -192,7 +192,7 @@ def evaluate(
 ) -> None:
     """How often a model's final answers are right with some passes, and the experts that it reads for that."""
     with _usage_errors(json):
-        from dmoe_compile import Config, evaluation
+        from dmoe_compile import Config, evaluation, loading
         from dmoe_compile.bench import require_compiler, require_packages
 
         require_compiler()
@@ -200,6 +200,7 @@ def evaluate(
         config = Config.from_options({"block_length": block_length, **_options(passes, option or [])})
         settings = evaluation.Settings(problems, seed, _names(skills) or None, batch, threshold, max_new_tokens)
         other = None if against is None else evaluation.read(against)
+        loading.need_tokenizer(model, trust_remote_code)
         with _progress() as progress:
             run = evaluation.evaluate(model, config, settings, lines, progress, threads, trust_remote_code)
         row, remarks = evaluation.row(run), evaluation.remarks(run, other)
@@ -208,8 +209,8 @@ def evaluate(
 
 @app.command()
 def pareto(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder with a tokenizer.")],
     folder: Annotated[Path, typer.Argument(help="Takes a file of lines for every setting, and the picture.")],
-    model: Annotated[str | None, typer.Option(help="A checkpoint folder; the demo model by default.")] = None,
     tuned: Annotated[str | None, typer.Option(help="The same, tuned with the dmoe pass: curves of its own.")] = None,
     problems: Problems = 500,
     skills: Skills = None,
@@ -220,13 +221,14 @@ def pareto(
 ) -> None:
     """Accuracy against unique experts, for every method and a range of its options: a table and a picture."""
     with _usage_errors(json):
-        from dmoe_compile import evaluation
+        from dmoe_compile import evaluation, loading
         from dmoe_compile import pareto as sweep
         from dmoe_compile.bench import require_compiler, require_packages
 
         require_compiler()
         require_packages("eval", "scipy", "matplotlib")
         settings = evaluation.Settings(problems, seed, _names(skills) or None)
+        loading.need_tokenizer(model)
         with _progress() as progress:
             runs = sweep.sweep(model, settings, folder, tuned, min_experts, progress, threads)
         files = sweep.draw(runs, folder / "pareto")

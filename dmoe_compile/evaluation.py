@@ -102,7 +102,7 @@ Run = list[Row]  # the lines of a run: a header, and one for every batch
 
 
 def evaluate(
-    model: str | None,
+    model: str,
     config: Config,
     settings: Settings,
     file: Path | None = None,
@@ -113,7 +113,7 @@ def evaluate(
     """Decode problems and return what came of them.
 
     Args:
-        model: a checkpoint folder with a tokenizer; None is the demonstration model.
+        model: a checkpoint folder with a tokenizer.
         config: passes and options to compile with; its block_length is the model's.
         settings: which problems.
         file: takes the lines as they come; what an earlier run of the same header left there is gone on from.
@@ -126,12 +126,11 @@ def evaluate(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    source = str(loading.DEMO_MODEL) if model is None else model
-    words = loading.need_tokenizer(source, trust_remote_code)
-    loaded, _ = loading.load_model(source, trust_remote_code)
+    words = loading.need_tokenizer(model, trust_remote_code)
+    loaded, _ = loading.load_model(model, trust_remote_code)
     report = explain(loaded, config=Config(), input_ids=torch.zeros(1, config.block_length, dtype=torch.int64))
     header = {
-        "kind": "run", "model": model or "demo", "options": config.to_options(), **asdict(settings),
+        "kind": "run", "model": model, "options": config.to_options(), **asdict(settings),
         "expert_bytes": {site.name: site.expert_bytes for site in report.sites},
     }  # fmt: skip
     header = json.loads(json.dumps(header))  # as a file gives it back

@@ -14,7 +14,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DEMO_MODEL = Path(__file__).with_name("demo_model")  # a checkpoint folder, see its README.md
 VISION = {
     "model_type": "gemma4_vision",
     "hidden_size": 32,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile import evaluation, loading
+from dmoe_compile import evaluation
 from dmoe_compile.config import Config
 from dmoe_compile.evaluation import Run, Settings, Summary
 
@@ -69,7 +69,7 @@ def grid(top_k: int, least: int) -> list[Point]:
 
 
 def sweep(
-    model: str | None,
+    model: str,
     settings: Settings,
     folder: Path,
     tuned: str | None = None,
@@ -80,7 +80,7 @@ def sweep(
     """Run every point of the grid, or go on with it, and return its run.
 
     Args:
-        model: a checkpoint folder; None is the demonstration model.
+        model: a checkpoint folder with a tokenizer.
         settings: which problems.
         folder: takes a file of lines for each point.
         tuned: the folder of the model that was tuned with dmoe; without it its points are left out.
@@ -90,7 +90,7 @@ def sweep(
     """
     from transformers import AutoConfig
 
-    top_k = AutoConfig.from_pretrained(model or loading.DEMO_MODEL).num_experts_per_tok
+    top_k = AutoConfig.from_pretrained(model).num_experts_per_tok
     folder.mkdir(parents=True, exist_ok=True)
     runs = {}
     for point in grid(top_k, top_k if least is None else least):

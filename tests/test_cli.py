@@ -19,7 +19,9 @@ def invoke(*args):
     return CliRunner().invoke(cli.app, args, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("explain",), ("bench",), ("bench", "overhead")], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [(), ("demo",), ("explain",), ("bench",), ("bench", "overhead"), ("eval",), ("pareto",)], ids=" ".join
+)
 def test_help(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
@@ -47,6 +49,10 @@ USAGE_ERRORS = {
     "no threads": (["demo", "--threads", "-1"], ["threads is -1", "at least 1"]),
     "no folder for json": (["demo", "--json", "no/such/out.jsonl"], ["no/such", "make it first"]),
     "no blocks": (["bench", "coresets", "--blocks", "0"], ["blocks is 0", "at least 1"]),
+    "no tokenizer": (["eval", "qwen3_moe"], ["qwen3_moe has no tokenizer", "give the folder of a whole checkpoint"]),
+    "no problems": (["eval", "qwen3_moe", "--problems", "0"], ["problems=0", "at least 1"]),
+    "no such skill": (["pareto", "qwen3_moe", "out", "--skills", "poetry"], ["'poetry'", "arithmetic, sorting"]),
+    "no such run": (["eval", "qwen3_moe", "--against", "no/run.jsonl"], ["no/run.jsonl", "--lines"]),
     "no layers": (["bench", "overhead", "--layers", "0"], ["layers is 0", "at least 1"]),
 }
 
@@ -223,3 +229,17 @@ def overhead_rows(layers):
         us = {"whole_us": 30.0, "extra_whole_us": 0.0, "outside_us": 10.0, "extra_outside_us": 0.0}
         rows.append({"kind": "call", "provider": provider, **us})
     return [env | row for row in rows]
+
+
+def test_eval_prints_a_table_and_compares_with_another_run(untrained, tmp_path):
+    how = ["eval", untrained, "--problems", "2", "--threshold", "0.004", "--max-new-tokens", "32"]
+    first, second = str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl")
+    invoke(*how, "--lines", first)
+    result = invoke(*how, "--passes", "dmoe", "--lines", second, "--against", first, "--json", "-")
+    assert result.exit_code == 0
+    (row,) = (json.loads(line) for line in result.stdout.splitlines())
+    assert (row["problems"], row["right"], row["options"]) == (2, 0, {"passes": ["dmoe"]})
+    assert row["unique_mean"] > 8
+    assert "0.0% of 2" in result.stderr
+    assert "arithmetic: 0.0%" in result.stderr
+    assert "right here alone 0, there alone 0; McNemar's exact test: p = 1" in result.stderr
