@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import dmoe_compile
 from dmoe_compile import cli, demo
 from dmoe_compile.bench import overhead
+from dmoe_compile.cli_shared import backend_options
 
 
 def invoke(*args):
@@ -96,13 +97,13 @@ VALUES = {
 
 @pytest.mark.parametrize(("text", "value"), VALUES.items())
 def test_option_values_are_typed(text, value):
-    parsed = cli._options("a, b", [f"key={text}"])
+    parsed = backend_options("a, b", [f"key={text}"])
     assert parsed == {"passes": ["a", "b"], "key": value}
     assert type(parsed["key"]) is type(value)
 
 
 def test_an_option_value_may_hold_an_equals_sign():
-    assert cli._options("", ["key=a=b"]) == {"passes": [], "key": "a=b"}
+    assert backend_options("", ["key=a=b"]) == {"passes": [], "key": "a=b"}
 
 
 def test_explain_writes_lines_of_json_alone_to_stdout():

@@ -1,0 +1,191 @@
+"""`dmoe bench`: one figure each, as a table and as JSON lines."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from dmoe_compile.cli_shared import Json, Threads, names, progress_bar, show, usage_errors
+
+# Everything else is imported in the commands: torch and transformers take seconds, and --help needs neither.
+
+app = typer.Typer(help="Measure one figure; prints a table, and JSON lines with --json.", no_args_is_help=True)
+
+
+@app.command()
+def overhead(
+    layers: Annotated[int, typer.Option(help="Layers of the model.")] = 12,
+    repeats: Annotated[int, typer.Option(help="Fresh processes of each kind; medians are shown.")] = 3,
+    calls: Annotated[int, typer.Option(help="Interleaved calls that are timed.")] = 1000,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """What the backend costs: matcher, compile time cold and warm, guards, and time per call."""
+    with usage_errors(json):
+        from dmoe_compile.bench import overhead as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        settings = figure.Settings(layers, repeats, calls, threads)
+    with progress_bar() as progress:
+        rows = figure.run(settings, progress)
+    show(figure.table(rows), rows, json)
+
+
+@app.command()
+def coresets(
+    blocks: Annotated[int, typer.Option(help="Blocks of 32 tokens.")] = 256,
+    spread: Annotated[float, typer.Option(help="Standard deviation of the router's logits.")] = 0.8,
+    calls: Annotated[int, typer.Option(help="Timed calls of every rule.")] = 200,
+    json: Json = None,
+) -> None:
+    """Experts read and routing weight kept by every coreset method, and its time, on synthetic router scores."""
+    with usage_errors(json):
+        from dmoe_compile.bench import coresets as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        settings = figure.Settings(blocks, spread, calls)
+    with progress_bar() as progress:
+        rows = figure.run(settings, progress)
+    show(figure.table(rows), rows, json)
+
+
+@app.command()
+def decoding(
+    layers: Annotated[int, typer.Option(help="Layers of SDAR-30B-A3B's width; 2.4 GB each in fp32.")] = 2,
+    blocks: Annotated[int, typer.Option(help="Blocks of an answer.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Timed decodings of each way; medians are shown.")] = 3,
+    tokens_per_forward: Annotated[
+        float, typer.Option(help="Assumed: tokens that a forward accepts without passes.")
+    ] = 2.0,
+    top_p: Annotated[float, typer.Option(help="dmoe.top_p of the ways with dmoe.")] = 0.8,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 where the CPU multiplies it.")
+    ] = "auto",
+    recorded: Annotated[
+        str | None, typer.Option(metavar="JSON", help="Instead: tests/reference/sdar_tiny_weights.json as it is.")
+    ] = None,
+    own_experts: Annotated[
+        bool, typer.Option("--own-experts", help="Transformers' grouped_mm in every way, not the expert kernel.")
+    ] = False,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """What TEAM gains in decoding, strategy by strategy: forwards, experts, time per accepted token."""
+    with usage_errors(json):
+        from dmoe_compile.bench import decoding as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        settings = figure.Settings(
+            layers, blocks, 64, repeats, tokens_per_forward, top_p, dtype, recorded, own_experts, threads
+        )
+    with progress_bar() as progress:
+        rows = figure.run(settings, progress)
+    show(figure.table(rows), rows, json)
+
+
+@app.command()
+def layer(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    coreset: Annotated[int, typer.Option(help="Smallest coreset of the dmoe pass.")] = 15,
+    calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 20,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """A whole decoder layer at published widths on this CPU: Inductor against the passes and the expert kernel."""
+    with usage_errors(json):
+        from dmoe_compile.bench import layer as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        chosen = names(shapes) or tuple(figure.SHAPES)
+        settings = figure.Settings(chosen, coreset, calls, dtype, threads)
+    with progress_bar() as progress:
+        rows = figure.run(settings, progress)
+    show(figure.table(rows), rows, json, figure.remarks(rows))
+
+
+@app.command()
+def prepare(
+    layers: Annotated[float, typer.Option(help="Share of each model's layers.")] = 1.0,
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds for plain Inductor on each model.")] = 300.0,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """Prepare and compile time of published models at real numbers of experts and layers."""
+    with usage_errors(json):
+        from dmoe_compile.bench import prepare as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        settings = figure.Settings(layers, timeout_s, threads)
+    with progress_bar() as progress:
+        rows = figure.run(settings, progress)
+    show(figure.table(rows), rows, json)
+
+
+@app.command()
+def experts(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens, separated by commas.")] = "32,64,128,256",
+    distinct: Annotated[str, typer.Option(help="Experts that tokens are routed to; 0 for any.")] = "0,70,40,15,8",
+    dtypes: Annotated[str, typer.Option(help="bfloat16, float32.")] = "bfloat16,float32",
+    calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 20,
+    isa: Annotated[str | None, typer.Option(help="avx512_bf16, avx512, avx2 or portable; the best by default.")] = None,
+    inductor: Annotated[bool, typer.Option(help="Also compile grouped_mm, for each row.")] = True,
+    huge_pages: Annotated[bool, typer.Option("--huge-pages", help="Also time the kernel on huge pages.")] = False,
+    json: Json = None,
+) -> None:
+    """The experts of one layer on the CPU: the kernel, grouped_mm, a loop, and the machine's own limits."""
+    with usage_errors(json):
+        from dmoe_compile.bench import experts as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        chosen = names(shapes) or figure.NAMES
+        rows, used = (tuple(int(number) for number in text.split(",")) for text in (tokens, distinct))
+        settings = figure.Settings(chosen, rows, used, tuple(dtypes.split(",")), calls, isa, inductor, huge_pages)
+    with progress_bar() as progress:
+        found = figure.run(settings, progress)
+    show(figure.table(found), found, json, figure.summary(found))
+
+
+@app.command()
+def gpu(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 100,
+    json: Json = None,
+) -> None:
+    """One MoE block at published widths on this machine's GPU: Inductor, transformers, vLLM, and the fused kernels."""
+    with usage_errors(json):
+        from dmoe_compile.bench import gpu as figure
+
+        chosen = names(shapes) or tuple(figure.SHAPES)
+        settings = figure.Settings(chosen, calls)
+    with progress_bar() as progress:
+        rows = figure.run(settings, progress)
+    show(figure.table(rows), rows, json)
+
+
+@app.command("gpu-model")
+def gpu_model(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    coresets: Annotated[str, typer.Option(help="Smallest coresets of the dmoe pass; 0 is no pass.")] = "0,30,15",
+    bandwidth_share: Annotated[float, typer.Option(help="Assumed: of the vendor's bandwidth that is reached.")] = 0.8,
+    launch_us: Annotated[float, typer.Option(help="Assumed: microseconds that a launch costs.")] = 1.5,
+    json: Json = None,
+) -> None:
+    """Bytes and launches of one MoE block, counted in the code generated for a GPU; takes no GPU, measures no time."""
+    with usage_errors(json):
+        from dmoe_compile.bench import gpu_model as figure
+
+        chosen = names(shapes) or tuple(figure.SHAPES)
+        sizes = tuple(int(size) for size in coresets.split(","))
+        settings = figure.Settings(chosen, sizes, bandwidth_share, launch_us)
+    with progress_bar() as progress:
+        rows = figure.run(settings, progress)
+    show(figure.table(rows), rows, json)

@@ -1,0 +1,107 @@
+"""What the commands of the command line share: options that several have, errors in one line, tables and JSON lines."""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress
+
+    from dmoe_compile.bench import Row
+
+Json = Annotated[
+    str | None, typer.Option("--json", metavar="PATH", help="Also write JSON lines to a file; - is stdout.")
+]
+Options = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="A backend option, such as dmoe.top_p=0.8; repeatable.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the model code that lies in the folder.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if left out.")]
+
+
+def names(text: str | None) -> tuple[str, ...]:
+    """Return the names in a list that is separated by commas, none where it was not given."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def backend_options(passes: str, pairs: list[str]) -> dict[str, Any]:
+    """Return backend options from `--passes a,b` and `--option key=value`."""
+    options: dict[str, Any] = {"passes": [name.strip() for name in passes.split(",") if name.strip()]}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"--option {pair!r} is not KEY=VALUE, such as dmoe.top_p=0.8")
+        if key == "passes":
+            raise ValueError(f"--option {pair!r}: passes have an option of their own, --passes {value}")
+        options[key] = _literal(value)
+    return options
+
+
+def _literal(text: str) -> Any:
+    """Return the value that an option's text stands for: a number, true, false, none, a list, or else the text."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+@contextmanager
+def usage_errors(json: str | None) -> Iterator[None]:
+    """Turn a ValueError, which says what the caller did, into one line and exit code 2."""
+    try:
+        if json not in (None, "-") and not (folder := Path(json).parent).is_dir():  # said now, not after minutes
+            raise ValueError(f"--json {json}: there is no folder {folder}; make it first")
+        yield
+    except ValueError as error:
+        typer.echo(f"dmoe: {str(error).strip().splitlines()[0]}", err=True)
+        raise typer.Exit(2) from error
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """Show a progress bar on standard error, so that standard output can be piped."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with quiet(), Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
+        yield progress
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out Dynamo's warning that transformers' experts ask a cached function for the version of torch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        yield
+
+
+def show(table: RenderableType, rows: list[Row], json: str | None, remarks: Iterable[str] = ()) -> None:
+    """Print a table and remarks, and write rows where they were asked for."""
+    from rich.console import Console
+
+    from dmoe_compile.bench import write_rows
+
+    console = Console(stderr=json == "-")
+    console.print(table)
+    for remark in remarks:
+        console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    if json is not None:
+        write_rows(rows, json)
+
+
+def fail(message: str) -> None:
+    typer.echo(f"dmoe: {message}", err=True)
+    raise typer.Exit(1)
