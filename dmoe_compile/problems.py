@@ -23,6 +23,7 @@ from typing import Literal
 Split = Literal["train", "test"]
 _TEST_SHARE = 10  # one problem in so many is a test problem
 
+_LARGEST = 60  # what arithmetic comes to, but for products
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Jon", "Kim", "Leo", "Mia", "Noa", "Pam", "Sam", "Tom")
 THINGS = ("pens", "books", "cards", "coins", "eggs", "keys", "nuts", "shells", "stamps", "stones")
 FRUITS = ("apple", "pear", "plum", "fig", "lemon", "melon", "mango", "grape")
@@ -121,13 +122,13 @@ def _arithmetic(rng: random.Random) -> Problem:
         steps = [f"{boxes} * {each} = {value}"]
         changes = 1
     else:
-        value = rng.randint(5, 40)
+        value = rng.randint(5, 30)
         key, steps = [value], []
         said = rng.choice((f"{name} has {value} {thing}.", f"At first {name} owns {value} {thing}."))
         changes = rng.randint(2, 3)
     for _ in range(changes):
-        other = rng.randint(1, 20)
-        if value >= other and (rng.random() < 0.5 or value + other > 99):
+        other = rng.randint(1, 15)
+        if value >= other and (rng.random() < 0.5 or value + other > _LARGEST):
             lost = f"{name} gives away {other}.", f"{name} loses {other}.", f"Then {other} are sold."
             said, sign, result = f"{said} {rng.choice(lost)}", "-", value - other
         else:
@@ -191,7 +192,7 @@ def _edits(rng: random.Random) -> Problem:
 
 def _lookup(rng: random.Random) -> Problem:
     people = rng.sample(NAMES, rng.randint(3, 5))
-    ages = rng.sample(range(5, 60), len(people))
+    ages = rng.sample(range(8, 31), len(people))
     colours = rng.choices(COLOURS, k=len(people))
     rows = list(zip(people, ages, colours, strict=True))
     table = "; ".join(f"{name} {age} {colour}" for name, age, colour in rows)
