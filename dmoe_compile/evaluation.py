@@ -25,17 +25,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dmoe_compile import backend, bench, loading, problems
-from dmoe_compile.bench import Bar, Row
+from dmoe_compile.bench import Bar, Row, narrow_table
 from dmoe_compile.config import Config, check_int
-from dmoe_compile.generation import generate
+from dmoe_compile.generation import PLAIN, generate
 from dmoe_compile.report import explain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
     from transformers import PreTrainedTokenizerBase
-
-_DENOISING = ("first", "denoise", "speculate")
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,7 @@ def summary(run: Run) -> Summary:
     for line in batches:
         forwards.update(line["forwards"])
     every = np.repeat(list(used), list(used.values()))
-    denoising = sum(forwards[kind] for kind in _DENOISING)
+    denoising = sum(count for kind, count in forwards.items() if kind not in PLAIN)
     low, high = _interval(sum(right), len(right))
     return Summary(
         len(right), sum(right), sum(right) / len(right), low, high,
@@ -220,14 +218,11 @@ def compare(run: Run, other: Run) -> tuple[int, int, float]:
 
 def table(runs: Sequence[Run]) -> Table:
     """Return what runs come to, a row each."""
-    from rich import box
-    from rich.table import Table
-
-    out = Table(
-        "model", "options", "right", "95%", "experts", "p95", "tokens", "MB", "ms",
+    out = narrow_table(
+        *("model", "options", "right", "95%", "experts", "p95", "tokens", "MB", "ms"),
         title="Right final answers; experts of a layer in a denoising forward; tokens a forward; MB of experts and ms "
-        "a token", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+        "a token",
+    )
     for run in runs:
         found = summary(run)
         options = ", ".join(f"{name}={value}" for name, value in run[0]["options"].items())
@@ -264,7 +259,7 @@ def _decoded(
     unique: dict[str, Counter[int]] = {}
 
     def count(line: Mapping[str, Any]) -> None:
-        if line.get("forward") in _DENOISING:
+        if line["kind"] == "forward" and line["forward"] not in PLAIN:
             for site, used in line["unique_experts"].items():
                 unique.setdefault(site, Counter())[used] += 1
 

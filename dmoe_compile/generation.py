@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 Write = Callable[[Mapping[str, Any]], None]
-_PLAIN = ("prefill", "store")  # forwards that denoise nothing
+PLAIN = ("prefill", "store")  # forwards that denoise nothing
 
 
 class Streamer(Protocol):
@@ -65,7 +65,7 @@ class Generated:
     @property
     def denoising(self) -> int:
         """Denoising forwards: all but prefill and store."""
-        return sum(count for kind, count in self.forwards.items() if kind not in _PLAIN)
+        return sum(count for kind, count in self.forwards.items() if kind not in PLAIN)
 
 
 def generate(
@@ -248,7 +248,7 @@ class _Seen:
 
     def take(self, forward: Forward) -> None:
         self.kinds[forward.kind] += 1
-        if forward.kind not in _PLAIN:
+        if forward.kind not in PLAIN:
             self.experts += forward.unique_experts.values()
         if self.write is not _no_trace:
             self.write({"kind": "forward", **self._line(forward)})

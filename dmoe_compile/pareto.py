@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile import evaluation
+from dmoe_compile.bench import narrow_table
 from dmoe_compile.config import Config
 from dmoe_compile.evaluation import Run, Settings, Summary
 
@@ -105,16 +106,12 @@ def sweep(
 
 def table(runs: Mapping[Point, Run]) -> Table:
     """Return every point beside vanilla: accuracy, experts, bytes, and if answers differ more than by chance."""
-    from rich import box
-    from rich.table import Table
-
     vanilla = next(run for point, run in runs.items() if point.curve == VANILLA)
     base = evaluation.summary(vanilla)
-    out = Table(
-        "method", "setting", "right", "95%", "experts", "fewer", "MB/token", "fewer", "ms/token", "McNemar p",
-        title=f"{base.problems} problems; experts of a layer in a denoising forward", title_justify="left",
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
-    )  # fmt: skip
+    out = narrow_table(
+        *("method", "setting", "right", "95%", "experts", "fewer", "MB/token", "fewer", "ms/token", "McNemar p"),
+        title=f"{base.problems} problems; experts of a layer in a denoising forward",
+    )
     for point, run in runs.items():
         found = evaluation.summary(run)
         _, _, chance = evaluation.compare(vanilla, run)

@@ -1,7 +1,7 @@
-"""Short problems with worked answers, drawn at random, on which the demonstration model was trained and is judged.
+"""Short problems with worked answers, drawn at random, on which a small model is trained and judged.
 
     problem = next(draw("test", seed=0))
-    problem.prompt   "Mia has 7 pens. Mia buys 5 more. Then Mia gives away 3. How many pens does Mia have? Solution:"
+    problem.prompt   "Mia has 7 pens. Mia buys 5 more. Mia gives away 3. How many pens does Mia have? Solution:"
     problem.answer   "7 + 5 = 12. 12 - 3 = 9. Answer: 9"
 
 Five skills: arithmetic (word problems in two or three steps), sorting, counting, edits of strings, look-ups in tables.

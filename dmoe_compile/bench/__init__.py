@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.table import Table
 
 Row = dict[str, Any]
 
@@ -51,6 +52,14 @@ def describe(env: Mapping[str, Any]) -> str:
     """Return an environment as one line under a table."""
     where = f"{env['device']} ({env['isa']}), {env['threads']} of {env['cores']} cores"
     return f"{where}, torch {env['torch']}, transformers {env['transformers']}, Python {env['python']}"
+
+
+def narrow_table(*columns: str, title: str) -> Table:
+    """Return an empty table without lines between its columns: many of them fit a terminal of 80."""
+    from rich import box
+    from rich.table import Table
+
+    return Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], destination: str) -> None:

@@ -25,13 +25,14 @@ from math import exp, log
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_turn
+from dmoe_compile.bench import Bar, Row, describe, environment, in_turn, narrow_table
 from dmoe_compile.bench.gpu import SHAPES, TINY, Shape
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Group
     from rich.progress import Progress
+    from rich.table import Table
     from torch import Tensor, nn
 
     from dmoe_compile.kernels.experts_cpu import Operands
@@ -99,19 +100,15 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> Group:
     """Return the rows of run() as tables, one for each shape and dtype."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
 
     tables: dict[str, Table] = {}
     for row in rows:
-        title = f"{row['shape']}, {row['dtype']}: medians of interleaved calls"
+        title = f"{row['shape']}, {row['dtype']}: medians; last columns: how many times as long others take"
         ways = [way for way in WAYS if way in row["over"]]
-        columns = "tokens", "experts", "near", "ms", "GB/s", "of roof", *(f"over {way}" for way in ways)
+        columns = "tokens", "experts", "near", "ms", "GB/s", "of roof", *ways
         if title not in tables:
-            tables[title] = Table(
-                *columns, title=title, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=(0, 1, 0, 0)
-            )
+            tables[title] = narrow_table(*columns, title=title)
         over = (f"{row['over'][way]:.2f}x" for way in ways)
         size = str(row["tokens"]), str(row["unique"]), row["regime"].removesuffix("-bound")
         tables[title].add_row(

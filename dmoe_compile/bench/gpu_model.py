@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, environment
+from dmoe_compile.bench import Bar, Row, environment, narrow_table
 from dmoe_compile.bench.gpu import SHAPES as SHAPES
 from dmoe_compile.bench.gpu import TINY, Shape, build, hold, output, unique_experts
 from dmoe_compile.passes.cost import GPUS, Machine
@@ -31,6 +31,7 @@ from dmoe_compile.passes.cost import GPUS, Machine
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.progress import Progress
+    from rich.table import Table
     from torch import Tensor
 
     from dmoe_compile.testing.generated import Generated
@@ -185,19 +186,16 @@ def _us(step: Row, machine: Machine, settings: Settings) -> float:
 
 def table(rows: Sequence[Row]) -> Group:
     """Return the rows of run() as tables, one for each shape."""
-    from rich import box
     from rich.console import Group
-    from rich.table import Table
 
     tables: dict[str, Table] = {}
     for row in rows:
         shape = row["shape"]
         if shape not in tables:
-            tables[shape] = Table(
-                "way", "used", "launches", "MB", "floor", "with L2", *MACHINES,
-                title=f"{shape}, bf16, last columns in us: MODEL, NOT MEASURED", title_justify="left",
-                box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0),
-            )  # fmt: skip
+            tables[shape] = narrow_table(
+                *("way", "used", "launches", "MB", "floor", "with L2", *MACHINES),
+                title=f"{shape}, bf16, last columns in us: MODEL, NOT MEASURED",
+            )
         over = f"{row['over_floor']:.3f}", f"{row['cached_over_floor']:.3f}"
         times = (f"{row['us'][name]:.0f}" for name in MACHINES)
         size = str(row["unique"]), str(row["launches"]), f"{row['bytes'] / 1e6:.1f}"
