@@ -7,6 +7,9 @@ The model is a transformers Qwen3MoeForCausalLM; nothing of it is ours. It is tr
 share t of a block's tokens is replaced by the mask token, and the loss is their cross entropy over t, which bounds the
 likelihood from below when t is uniform. As in LLaDA2.0 (arXiv 2512.15745), t keeps to a band, here from 0.1 to 1.
 
+Attention learns with Muon (Keller Jordan; scaled to AdamW's rates as in arXiv 2502.16982), the rest with AdamW: heads
+that copy, which every skill rests on, come within hundreds of steps then, and not within thousands.
+
 Two things make a step cheap. A problem takes one or two blocks (problems.py), so that instead of a noisy copy beside
 the clean one, a sequence ends with its one noisy block. And a batch holds sequences of one length: nothing is padding.
 
@@ -19,6 +22,7 @@ import argparse
 import copy
 import json
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -37,7 +41,18 @@ BLOCK_LENGTH = 32
 PAD, MASK, END, UNKNOWN = "<pad>", "<mask>", "<end>", "<unknown>"
 _LEAST_NOISE = 0.1
 _FILL_WEIGHT = 0.1  # of the ends that fill a block up: the first one says it all
+_MIX = ("arithmetic", "sorting", "counting", "lookup", "arithmetic", "counting", "edits", "lookup")  # hard ones twice
 _CHUNK = 250  # steps whose problems and noise come from one seed; training is saved and goes on between chunks
+
+
+def check_schedule(steps: int, tokens: int, learning_rate: float) -> None:
+    """Raise ValueError for what can't be trained with; `tokens` is of a step, in sequences of one or two blocks."""
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, but must be at least 1")
+    if tokens < 1 or tokens % (2 * BLOCK_LENGTH):
+        raise ValueError(f"tokens is {tokens}, but must be a multiple of two blocks, {2 * BLOCK_LENGTH}")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate is {learning_rate}, but must be above 0")
 
 
 @dataclass(frozen=True)
@@ -47,28 +62,24 @@ class Settings:
     Attributes:
         steps: of the optimizer, all in all.
         tokens: of a step, so that short sequences are more of them.
-        learning_rate: its peak; it rises over `warm_up` steps and falls as a cosine.
+        learning_rate: its peak, of both optimizers; it rises over `warm_up` steps and falls as a cosine.
         balance: weight of the loss that spreads tokens over experts (Switch Transformer, arXiv 2101.03961).
         seed: of weights, problems and noise.
         minutes: stop at the end of a chunk once so many have passed; None never.
     """
 
-    steps: int = 20_000
-    tokens: int = 4096
-    learning_rate: float = 2e-3
+    steps: int = 14_000
+    tokens: int = 2048
+    learning_rate: float = 4e-3
     warm_up: int = 300
     balance: float = 1e-3
     seed: int = 0
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "tokens", "warm_up"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.tokens % (2 * BLOCK_LENGTH):
-            raise ValueError(f"tokens is {self.tokens}, but must be a multiple of two blocks, {2 * BLOCK_LENGTH}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, but must be above 0")
+        check_schedule(self.steps, self.tokens, self.learning_rate)
+        if self.warm_up < 1:
+            raise ValueError(f"warm_up is {self.warm_up}, but must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -114,7 +125,8 @@ def model_config(words: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
         vocab_size=-(-len(words) // 64) * 64, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, head_dim=32, intermediate_size=256, moe_intermediate_size=32, num_experts=64,
         num_experts_per_tok=8, norm_topk_prob=True, max_position_embeddings=512, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # for texts of up to 64 tokens
+        initializer_range=0.06,
         pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
         mask_token_id=words.mask_token_id,
     )  # fmt: skip
@@ -131,7 +143,7 @@ def batches(words: PreTrainedTokenizerFast, tokens: int, seed: int) -> Iterator[
     """Yield batches of `tokens` tokens without end; equal seeds give equal ones."""
     rng, noise = random.Random(seed), torch.Generator().manual_seed(seed)
     waiting: dict[int, list[tuple[list[int], int, int]]] = {}
-    for problem in problems.draw("train", seed):
+    for problem in problems.draw("train", seed, _MIX):
         ids, begin, end = encode(words, problem)
         blocks = range(begin // BLOCK_LENGTH, len(ids) // BLOCK_LENGTH)
         # The block with more of the answer is noisy more often.
@@ -188,7 +200,7 @@ def train(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     """Train until `settings` are met, saving as it goes; return the log, a line for every chunk.
 
     Args:
-        folder: takes the model and its tokenizer (as save_pretrained has them), log.jsonl, and in state/ what is
+        folder: takes the model and its tokenizer (as save_pretrained has them), log.jsonl, and in state-STEP/ what is
             needed to go on. What an earlier call left there is gone on from, if its settings were the same.
 
     Raises:
@@ -199,20 +211,20 @@ def train(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     from rich.progress import Progress
     from transformers import Qwen3MoeForCausalLM, get_cosine_schedule_with_warmup
 
-    state, log = folder / "state", folder / "log.jsonl"
+    log = folder / "log.jsonl"
     lines = _log_so_far(log, settings)
     accelerator = Accelerator()
     words = tokenizer()
     set_seed(settings.seed)
     model = Qwen3MoeForCausalLM(model_config(words))
     model.config._experts_implementation = "grouped_mm"  # batched_mm takes 60 times as long to train on a CPU
-    optimizer = torch.optim.AdamW(model.parameters(), settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = get_cosine_schedule_with_warmup(optimizer, settings.warm_up, settings.steps)
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    optimizers = _optimizers(model, settings.learning_rate)
+    schedules = [get_cosine_schedule_with_warmup(each, settings.warm_up, settings.steps) for each in optimizers]
+    model, *steppers = accelerator.prepare(model, *optimizers, *schedules)  # optimizers before what sets their rates
     done = 0
     if lines:
-        accelerator.load_state(str(state))
         done = lines[-1]["step"]
+        accelerator.load_state(str(_state(folder, done)))
     start = time.monotonic()
     with Progress() as bar:
         task = bar.add_task("train", total=settings.steps, completed=done)
@@ -224,9 +236,9 @@ def train(folder: Path, settings: Settings) -> list[dict[str, Any]]:
                 loss, diffusion = loss_of(model, _on(next(source), accelerator.device), settings.balance)
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
+                for stepper in steppers:
+                    stepper.step()
+                model.zero_grad()
                 losses.append(diffusion.detach())
                 done += 1
                 bar.advance(task)
@@ -234,12 +246,32 @@ def train(folder: Path, settings: Settings) -> list[dict[str, Any]]:
             seconds = time.monotonic() - began
             lines.append({**asdict(settings), "step": done, "loss": mean, "seconds": seconds})
             bar.update(task, description=f"loss {mean:.4f}")
-            accelerator.save_state(str(state))
             save(accelerator.unwrap_model(model), words, folder)
-            log.write_text("".join(json.dumps(line) + "\n" for line in lines))  # last: what it tells of is saved
+            accelerator.save_state(str(_state(folder, done)))
+            # The log says which state is whole: it is replaced at once, after what it tells of is saved.
+            written = log.with_suffix(".new")
+            written.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            written.replace(log)
+            for old in folder.glob("state-*"):
+                if old != _state(folder, done):
+                    shutil.rmtree(old)
             if settings.minutes is not None and time.monotonic() - start > 60 * settings.minutes:
                 break
     return lines
+
+
+def _state(folder: Path, step: int) -> Path:
+    return folder / f"state-{step}"
+
+
+def _optimizers(model: Qwen3MoeForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
+    attention, rest = [], []
+    for name, parameter in model.named_parameters():
+        (attention if "self_attn" in name and parameter.ndim == 2 else rest).append(parameter)
+    return [
+        torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.98), weight_decay=0.05),
+        torch.optim.Muon(attention, learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    ]
 
 
 def save(model: Qwen3MoeForCausalLM, words: PreTrainedTokenizerFast, folder: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_compile import loading
-from dmoe_compile.training import BLOCK_LENGTH, Batch, batches, block_mask, save
+from dmoe_compile.training import BLOCK_LENGTH, Batch, batches, block_mask, check_schedule, save
 
 _TRAINED = ("mlp.gate.", "norm")  # parts of the names of what is trained
 
@@ -47,12 +47,7 @@ class Settings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}, but must be at least 1")
-        if self.tokens < 2 * BLOCK_LENGTH or self.tokens % (2 * BLOCK_LENGTH):
-            raise ValueError(f"tokens is {self.tokens}, but must be a multiple of two blocks, {2 * BLOCK_LENGTH}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}, but must be above 0")
+        check_schedule(self.steps, self.tokens, self.learning_rate)
 
 
 def tune(source: str, folder: Path, settings: Settings) -> list[float]:

@@ -22,7 +22,7 @@ def test_skills_take_turns_and_seeds_repeat() -> None:
     assert list(itertools.islice(draw("test", seed=1), 50)) != first
     # What the published figures were taken on: a change here makes them incomparable.
     assert first[0].prompt == (
-        "At first Ben owns 28 coins. Then Ben gets 10 more. Ben buys 14 more. What is the number of coins? Solution:"
+        "At first Ben owns 28 coins. Then Ben gets 10 more. Then 12 are sold. How many coins does Ben have? Solution:"
     )
 
 
