@@ -7,9 +7,12 @@
 Five skills: arithmetic (word problems in two or three steps), sorting, counting, edits of strings, look-ups in tables.
 Every number is below 100 and every word one of a few hundred, so that a tokenizer may give each one token.
 
-Training and test problems are disjoint by construction: what a problem is about (its `key`: numbers, names, letters,
-whatever its wording) decides by a hash on which side it is, one in ten on the test's. The wording is not in the key,
-so that no test problem is a training problem in other words.
+Training and test problems are disjoint by construction: what a problem is about (its `key`: numbers in their order, a
+list, a table, letters) decides by a hash on which side it is, one in ten on the test's. The wording is not in the key,
+nor what is asked of a list or a table, so that no test problem is a training problem in other words.
+
+For training alone there are drills: small steps of a skill by themselves, several to a text, on the same side as the
+list or the table that they are about.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from typing import Literal
 Split = Literal["train", "test"]
 _TEST_SHARE = 10  # one problem in so many is a test problem
 
-_LARGEST = 50  # what arithmetic comes to, but for products
+_LARGEST = 30  # what arithmetic comes to, but for products
 NAMES = ("Ann", "Ben", "Eva", "Ida", "Jon", "Kim", "Leo", "Mia", "Noa", "Pam", "Sam", "Tom")
 THINGS = ("pens", "books", "cards", "coins", "eggs", "keys", "nuts", "shells", "stamps", "stones")
 FRUITS = ("apple", "pear", "plum", "fig", "lemon", "melon", "mango", "grape")
@@ -36,10 +39,10 @@ class Problem:
     """A question, a worked answer and what the answer comes to.
 
     Attributes:
-        skill: one of SKILLS.
+        skill: one of SKILLS; a drill's is that of which it is a part.
         prompt: the question, up to where the answer begins.
         answer: steps, then "Answer: " and `final`.
-        final: what is right or wrong.
+        final: what is right or wrong; empty for a drill.
         key: what the problem is about, whatever its wording.
     """
 
@@ -62,23 +65,24 @@ def draw(split: Split, seed: int, skills: Sequence[str] | None = None) -> Iterat
     Args:
         split: "train" or "test".
         seed: equal seeds give equal problems, on any machine.
-        skills: which ones; all of SKILLS if None.
+        skills: which ones, in this order, of SKILLS and DRILLS; all of SKILLS if None.
 
     Raises:
         ValueError: for a name that is none.
     """
     names = tuple(SKILLS) if skills is None else tuple(skills)
+    known = SKILLS | DRILLS
     for name in names:
-        if name not in SKILLS:
-            raise ValueError(f"skills has {name!r}, but must be of: {', '.join(SKILLS)}")
+        if name not in known:
+            raise ValueError(f"skills has {name!r}, but must be of: {', '.join(known)}")
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, but must be 'train' or 'test'")
     rng = random.Random(f"{split} {seed}")
     while True:
         for name in names:
-            found = SKILLS[name](rng)
+            found = known[name](rng)
             while found.split != split:
-                found = SKILLS[name](rng)
+                found = known[name](rng)
             yield found
 
 
@@ -92,7 +96,7 @@ def words() -> list[str]:
     """Return every word that problems are made of, in the order of the alphabet, punctuation and numbers too."""
     found = {str(number) for number in range(100)} | {*NAMES, *THINGS, *FRUITS, *COLOURS, *LETTERS}
     rng = random.Random(0)
-    for make in SKILLS.values():
+    for make in (SKILLS | DRILLS).values():
         for _ in range(2000):  # wordings are few; what fills them in is listed above
             problem = make(rng)
             found |= set(_spaced(f"{problem.prompt} {problem.answer}").split())
@@ -113,21 +117,21 @@ def _problem(skill: str, key: Sequence[object], question: str, steps: Sequence[s
 def _arithmetic(rng: random.Random) -> Problem:
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     if rng.random() < 0.3:  # boxes of as many each
-        boxes, each = rng.randint(2, 9), rng.randint(2, 9)
+        boxes, each = rng.randint(2, 6), rng.randint(2, 6)
         value, key = boxes * each, [boxes, "x", each]
         said = rng.choice((
             f"{name} has {boxes} boxes of {each} {thing}.",
             f"There are {boxes} boxes, each with {each} {thing}, and {name} takes them all.",
         ))  # fmt: skip
         steps = [f"{boxes} * {each} = {value}"]
-        changes = 1
+        changes = rng.randint(1, 2)
     else:
-        value = rng.randint(5, 30)
+        value = rng.randint(3, 20)
         key, steps = [value], []
         said = rng.choice((f"{name} has {value} {thing}.", f"At first {name} owns {value} {thing}."))
         changes = rng.randint(2, 3)
     for _ in range(changes):
-        other = rng.randint(1, 12)
+        other = rng.randint(1, 9)
         if value >= other and (rng.random() < 0.5 or value + other > _LARGEST):
             lost = f"{name} gives away {other}.", f"{name} loses {other}.", f"Then {other} are sold."
             said, sign, result = f"{said} {rng.choice(lost)}", "-", value - other
@@ -152,9 +156,17 @@ def _sorting(rng: random.Random) -> Problem:
     return _problem("sorting", [up, listed], question, [ends], " ".join(map(str, order)))
 
 
-def _counting(rng: random.Random) -> Problem:
+def _basket(rng: random.Random) -> tuple[list[str], list[str]]:
     kinds = rng.sample(FRUITS, 3)
-    row = rng.choices(kinds, k=rng.randint(5, 12))
+    return kinds, rng.choices(kinds, k=rng.randint(5, 10))
+
+
+def _counted(row: Sequence[str], wanted: str) -> str:
+    return " ".join(f"{wanted} {number}" for number in range(1, row.count(wanted) + 1)) or f"no {wanted}"
+
+
+def _counting(rng: random.Random) -> Problem:
+    kinds, row = _basket(rng)
     wanted = rng.choice(kinds)
     listed = " ".join(row)
     question = rng.choice((
@@ -162,9 +174,7 @@ def _counting(rng: random.Random) -> Problem:
         f"Count {wanted}: {listed}.",
         f"A basket holds {listed}. How many times {wanted}?",
     ))  # fmt: skip
-    times = row.count(wanted)
-    steps = [" ".join(f"{wanted} {number}" for number in range(1, times + 1)) or f"no {wanted}"]
-    return _problem("counting", [wanted, listed], question, steps, str(times))
+    return _problem("counting", [listed], question, [_counted(row, wanted)], str(row.count(wanted)))
 
 
 def _edits(rng: random.Random) -> Problem:
@@ -190,12 +200,16 @@ def _edits(rng: random.Random) -> Problem:
     return _problem("edits", key, f"{rng.choice(asked)}: {listed}.", [f"There are {len(letters)} letters"], final)
 
 
-def _lookup(rng: random.Random) -> Problem:
+def _table(rng: random.Random) -> tuple[list[tuple[str, int, str]], str]:
     people = rng.sample(NAMES, rng.randint(3, 5))
-    ages = rng.sample(range(8, 31), len(people))
+    ages = rng.sample(range(8, 21), len(people))
     colours = rng.choices(COLOURS, k=len(people))
     rows = list(zip(people, ages, colours, strict=True))
-    table = "; ".join(f"{name} {age} {colour}" for name, age, colour in rows)
+    return rows, "; ".join(f"{name} {age} {colour}" for name, age, colour in rows)
+
+
+def _lookup(rng: random.Random) -> Problem:
+    rows, table = _table(rng)
     (one, age, colour), (two, other, _) = rng.sample(rows, 2)
     kind = rng.choice(("age", "colour", "who", "older"))
     if kind == "age":
@@ -209,10 +223,48 @@ def _lookup(rng: random.Random) -> Problem:
         (one, age), (two, other) = sorted([(one, age), (two, other)], key=lambda each: -each[1])
         asked = f"By how much is {one} older than {two}?", f"How many years is {one} older than {two}?"
         steps, final = [f"{one} {age}", f"{two} {other}", f"{age} - {other} = {age - other}"], str(age - other)
-    key = [kind, one, two if kind == "older" else "", table]
-    return _problem("lookup", key, f"Table: {table}. {rng.choice(asked)}", steps, final)
+    return _problem("lookup", [table], f"Table: {table}. {rng.choice(asked)}", steps, final)
+
+
+def _sums(rng: random.Random) -> Problem:
+    asked, steps = [], []
+    for _ in range(rng.randint(3, 5)):
+        sign, left, right = rng.choice("++--*"), rng.randint(1, _LARGEST), rng.randint(1, 9)
+        if sign == "*":
+            left, right = rng.randint(2, 6), rng.randint(2, 6)
+        elif sign == "+":
+            left = min(left, _LARGEST - right)
+        else:
+            left = max(left, right)
+        result = {"+": left + right, "-": left - right, "*": left * right}[sign]
+        asked.append(f"{left} {sign} {right}")
+        steps.append(f"{asked[-1]} = {result}")
+    return _drill("arithmetic", asked, f"Write {', '.join(asked)}.", steps)
+
+
+def _counts(rng: random.Random) -> Problem:
+    kinds, row = _basket(rng)
+    listed = " ".join(row)
+    return _drill("counting", [listed], f"Count {', '.join(kinds)}: {listed}.", [_counted(row, kind) for kind in kinds])
+
+
+def _lookups(rng: random.Random) -> Problem:
+    rows, table = _table(rng)
+    some = rng.sample(rows, len(rows) - 1)
+    steps = [f"{name} {age} {colour}" for name, age, colour in some]
+    return _drill("lookup", [table], f"Table: {table}. Write {', '.join(name for name, *_ in some)}.", steps)
+
+
+def _drill(skill: str, key: Sequence[object], question: str, steps: Sequence[str]) -> Problem:
+    """Return several small steps of a skill with no final answer, in which nothing is said twice."""
+    return Problem(skill, f"{question} Solution:", " ".join(f"{step}." for step in steps), "", " ".join(map(str, key)))
 
 
 SKILLS: dict[str, Callable[[random.Random], Problem]] = {
     "arithmetic": _arithmetic, "sorting": _sorting, "counting": _counting, "edits": _edits, "lookup": _lookup,
 }  # fmt: skip
+DRILLS: dict[str, Callable[[random.Random], Problem]] = {
+    "sums": _sums,
+    "counts": _counts,
+    "lookups": _lookups,
+}  # to train on

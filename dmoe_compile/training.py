@@ -6,6 +6,13 @@ The model is a transformers Qwen3MoeForCausalLM; nothing of it is ours. It is tr
 (BD3-LM, arXiv 2503.09573; SDAR, arXiv 2510.06303): attention is causal from block to block and full inside of one, a
 share t of a block's tokens is replaced by the mask token, and the loss is their cross entropy over t, which bounds the
 likelihood from below when t is uniform. As in LLaDA2.0 (arXiv 2512.15745), t keeps to a band, here from 0.1 to 1.
+One thing is different: half of the blocks are masked from some place to their end, as decoding mostly leaves them. A
+worked answer says its results twice, so that with scattered masks a model can copy nearly all of them, and learns to
+work out few. For the same reason it trains on drills too, in which nothing is said twice.
+
+Of the first steps every second one is autoregressive, as SDAR trains a model before it adapts it to blocks. Masks alone
+did not teach to look up what follows a name in a table, not in 3,000 steps: a mask knows nothing of the token before
+it, so that two things must be learned at once. Next tokens teach it in 300, and masks then take it over.
 
 Attention learns with Muon (Keller Jordan; scaled to AdamW's rates as in arXiv 2502.16982), the rest with AdamW: heads
 that copy, which every skill rests on, come within hundreds of steps then, and not within thousands.
@@ -25,7 +32,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +47,14 @@ if TYPE_CHECKING:
 BLOCK_LENGTH = 32
 PAD, MASK, END, UNKNOWN = "<pad>", "<mask>", "<end>", "<unknown>"
 _LEAST_NOISE = 0.1
+_ORDERED = 0.5  # share of blocks that are masked from some place to their end
 _FILL_WEIGHT = 0.1  # of the ends that fill a block up: the first one says it all
-_MIX = ("arithmetic", "sorting", "counting", "lookup", "arithmetic", "counting", "edits", "lookup")  # hard ones twice
+_MIX = (  # what batches are made of, in turn: what is hard to learn more often
+    *("arithmetic", "sums", "lookup", "lookups", "counting", "counts"),
+    *("arithmetic", "sums", "lookup", "sorting", "counting", "edits"),
+)
+_MUON_RATE = 2.5  # Muon's learning rate, in AdamW's
+_AUTOREGRESSIVE = 0.7  # share of the training in which every second step is autoregressive
 _CHUNK = 250  # steps whose problems and noise come from one seed; training is saved and goes on between chunks
 
 
@@ -62,15 +75,15 @@ class Settings:
     Attributes:
         steps: of the optimizer, all in all.
         tokens: of a step, so that short sequences are more of them.
-        learning_rate: its peak, of both optimizers; it rises over `warm_up` steps and falls as a cosine.
+        learning_rate: its peak, AdamW's; it rises over `warm_up` steps and falls as a cosine.
         balance: weight of the loss that spreads tokens over experts (Switch Transformer, arXiv 2101.03961).
         seed: of weights, problems and noise.
         minutes: stop at the end of a chunk once so many have passed; None never.
     """
 
-    steps: int = 14_000
+    steps: int = 7500
     tokens: int = 2048
-    learning_rate: float = 4e-3
+    learning_rate: float = 2e-3
     warm_up: int = 300
     balance: float = 1e-3
     seed: int = 0
@@ -90,11 +103,13 @@ class Batch:
         input_ids: [B, S] int64.
         targets: [B, L] int64, what stands in the last block.
         weights: [B, L] fp32, of each position's cross entropy; 0 where nothing is masked.
+        worth: [B, L] fp32, of each position's cross entropy if none were masked; 0 before the answer. They sum to 1.
     """
 
     input_ids: Tensor
     targets: Tensor
     weights: Tensor
+    worth: Tensor
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -124,17 +139,16 @@ def model_config(words: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(
         vocab_size=-(-len(words) // 64) * 64, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=4, head_dim=32, intermediate_size=256, moe_intermediate_size=32, num_experts=64,
-        num_experts_per_tok=8, norm_topk_prob=True, max_position_embeddings=512, tie_word_embeddings=False,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},  # for texts of up to 64 tokens
-        initializer_range=0.06,
+        num_experts_per_tok=8, norm_topk_prob=True, max_position_embeddings=512, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0}, initializer_range=0.06,
         pad_token_id=words.pad_token_id, eos_token_id=words.eos_token_id, bos_token_id=None,
         mask_token_id=words.mask_token_id,
     )  # fmt: skip
 
 
-def block_mask(tokens: int) -> Tensor:
+def block_mask(tokens: int, length: int = BLOCK_LENGTH) -> Tensor:
     """Return what is added to attention scores, [1, 1, S, S]: a token sees its block and those before it."""
-    block = torch.arange(tokens) // BLOCK_LENGTH
+    block = torch.arange(tokens) // length
     hidden = block.unsqueeze(0) > block.unsqueeze(1)
     return torch.zeros(1, 1, tokens, tokens).masked_fill(hidden, torch.finfo(torch.float32).min)
 
@@ -175,25 +189,43 @@ def _noisy(sequences: list[tuple[list[int], int, int]], mask_id: int, generator:
     share = (_LEAST_NOISE + (1 - _LEAST_NOISE) * even).unsqueeze(1)
     masked = (torch.rand(number, BLOCK_LENGTH, generator=generator) < share) & (places >= begins)
     worth = torch.where(places < ends, 1.0, _FILL_WEIGHT) * (places >= begins)
+    first = begins.clamp(min=size - BLOCK_LENGTH)
+    cut = first + torch.rand(number, 1, generator=generator) * (ends.clamp(max=size) - first)
+    ordered = torch.rand(number, 1, generator=generator) < _ORDERED
+    masked = torch.where(ordered, places >= cut.floor(), masked)
+    share = torch.where(ordered, (worth * masked).sum(1, keepdim=True) / worth.sum(1, keepdim=True), share)
     targets = ids[:, -BLOCK_LENGTH:].clone()
     ids[:, -BLOCK_LENGTH:][masked] = mask_id
-    return Batch(ids, targets, masked * worth / share / worth.sum(1, keepdim=True) / number)
+    worth /= worth.sum(1, keepdim=True) * number
+    return Batch(ids, targets, masked * worth / share, worth)
 
 
-def loss_of(model: Qwen3MoeForCausalLM, batch: Batch, balance: float) -> tuple[Tensor, Tensor]:
-    """Return the loss that is trained on, and its part without the balancing of experts, both scalars."""
+def loss_of(
+    model: Qwen3MoeForCausalLM, batch: Batch, balance: float, autoregressive: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return the loss that is trained on, and its part without the balancing of experts, both scalars.
+
+    Args:
+        model: the model.
+        batch: the sequences.
+        balance: weight of the loss that spreads tokens over experts.
+        autoregressive: predict every token of an answer from those before it instead, with a causal mask.
+    """
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-    mask = block_mask(batch.input_ids.shape[1]).to(batch.input_ids.device)
+    ids, weights, block = batch.input_ids, batch.weights, BLOCK_LENGTH
+    if autoregressive:
+        ids, weights, block = torch.cat([ids[:, :-BLOCK_LENGTH], batch.targets], 1), batch.worth, 1
+    mask = block_mask(ids.shape[1], block).to(ids.device)
     # The whole model would balance experts itself, and takes this mask, which has no padding, for one of padding.
-    out = model.model(batch.input_ids, attention_mask=mask, output_router_logits=True, use_cache=False)
-    logits = model.lm_head(out.last_hidden_state[:, -BLOCK_LENGTH:]).flatten(0, 1).float()
-    targets = batch.targets.flatten()
-    entropy = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    diffusion = (entropy * batch.weights.flatten()).sum()
+    out = model.model(ids, attention_mask=mask, output_router_logits=True, use_cache=False)
+    hidden = out.last_hidden_state.roll(1, 1) if autoregressive else out.last_hidden_state
+    logits = model.lm_head(hidden[:, -BLOCK_LENGTH:]).flatten(0, 1).float()
+    entropy = torch.nn.functional.cross_entropy(logits, batch.targets.flatten(), reduction="none")
+    found = (entropy * weights.flatten()).sum()
     config = model.config
     spread = load_balancing_loss_func(out.router_logits, config.num_experts, config.num_experts_per_tok)
-    return diffusion + balance * spread, diffusion
+    return found + balance * spread, found
 
 
 def train(folder: Path, settings: Settings) -> list[dict[str, Any]]:
@@ -231,21 +263,24 @@ def train(folder: Path, settings: Settings) -> list[dict[str, Any]]:
         while done < settings.steps:
             began = time.monotonic()
             source = batches(words, settings.tokens, settings.seed * 1_000_003 + done)
-            losses = []
+            losses: dict[bool, list[Tensor]] = {False: [], True: []}
             for _ in range(min(_CHUNK, settings.steps - done)):
-                loss, diffusion = loss_of(model, _on(next(source), accelerator.device), settings.balance)
+                autoregressive = done % 2 == 0 and done < _AUTOREGRESSIVE * settings.steps
+                batch = _on(next(source), accelerator.device)
+                loss, plain = loss_of(model, batch, settings.balance, autoregressive)
                 accelerator.backward(loss)
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 for stepper in steppers:
                     stepper.step()
                 model.zero_grad()
-                losses.append(diffusion.detach())
+                losses[autoregressive].append(plain.detach())
                 done += 1
                 bar.advance(task)
-            mean = torch.stack(losses).mean().item()
+            means = {kind: torch.stack(each).mean().item() if each else None for kind, each in losses.items()}
             seconds = time.monotonic() - began
-            lines.append({**asdict(settings), "step": done, "loss": mean, "seconds": seconds})
-            bar.update(task, description=f"loss {mean:.4f}")
+            line = {"step": done, "loss": means[False], "autoregressive_loss": means[True], "seconds": seconds}
+            lines.append({**asdict(settings), **line})
+            bar.update(task, description=f"loss {means[False]:.4f}")
             save(accelerator.unwrap_model(model), words, folder)
             accelerator.save_state(str(_state(folder, done)))
             # The log says which state is whole: it is replaced at once, after what it tells of is saved.
@@ -265,12 +300,13 @@ def _state(folder: Path, step: int) -> Path:
 
 
 def _optimizers(model: Qwen3MoeForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
-    attention, rest = [], []
+    attention: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         (attention if "self_attn" in name and parameter.ndim == 2 else rest).append(parameter)
     return [
-        torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.98), weight_decay=0.05),
-        torch.optim.Muon(attention, learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(attention, _MUON_RATE * learning_rate, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
     ]
 
 
@@ -281,7 +317,7 @@ def save(model: Qwen3MoeForCausalLM, words: PreTrainedTokenizerFast, folder: Pat
 
 
 def _on(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.input_ids.to(device), batch.targets.to(device), batch.weights.to(device))
+    return Batch(*(getattr(batch, each.name).to(device) for each in fields(batch)))
 
 
 def _log_so_far(log: Path, settings: Settings) -> list[dict[str, Any]]:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalLM
 
-from dmoe_compile import problems, training
+from dmoe_compile import Config, evaluation, problems, training
 from dmoe_compile.training import BLOCK_LENGTH, Settings, batches, block_mask, encode, loss_of, tokenizer, train
+
+LEARNED_IN_TEN_MINUTES = 0.3  # share of problems, after 2,000 steps; docs/quality.md says so
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,8 @@ def test_only_the_last_block_of_an_answer_is_noisy(words) -> None:
         masked = batch.input_ids == words.mask_token_id
         assert not masked[:, :-BLOCK_LENGTH].any()
         assert torch.equal(masked[:, -BLOCK_LENGTH:], batch.weights > 0)
+        assert (batch.worth[masked[:, -BLOCK_LENGTH:]] > 0).all()
+        assert batch.worth.sum().item() == pytest.approx(1)
         assert torch.equal(
             batch.input_ids[:, -BLOCK_LENGTH:][~masked[:, -BLOCK_LENGTH:]], batch.targets[batch.weights == 0]
         )
@@ -55,6 +59,34 @@ def test_only_the_last_block_of_an_answer_is_noisy(words) -> None:
         # In the mean over the noise every position weighs the same, whatever its share of masks: they sum to 1.
         assert 0.5 < batch.weights.sum() < 1.5
     assert sizes == {BLOCK_LENGTH, 2 * BLOCK_LENGTH}
+
+
+def test_half_of_the_blocks_are_masked_to_their_end(words) -> None:
+    ordered = rows = 0
+    for batch in itertools.islice(batches(words, 1024, seed=0), 40):
+        answers = (batch.worth > 0) & (batch.targets != words.eos_token_id)
+        for masked, answer in zip(batch.weights > 0, answers, strict=True):
+            inside = masked[answer].tolist()
+            if 0 < sum(inside) < len(inside) - 3:  # few or all masks could be so by chance
+                rows += 1
+                ordered += inside == sorted(inside)
+    assert 0.35 < ordered / rows < 0.65
+
+
+def test_an_autoregressive_step_predicts_every_token_of_the_answer_from_those_before(words) -> None:
+    torch.manual_seed(0)
+    model = Qwen3MoeForCausalLM(training.model_config(words))
+    model.config._experts_implementation = "grouped_mm"
+    for batch in itertools.islice(batches(words, 128, seed=0), 4):
+        clean = torch.cat([batch.input_ids[:, :-BLOCK_LENGTH], batch.targets], 1)
+        with torch.no_grad():
+            _, found = loss_of(model, batch, balance=0.0, autoregressive=True)
+            logits = model(clean).logits.log_softmax(-1)  # causal by itself
+        wanted = 0.0
+        for row, place in (batch.worth > 0).nonzero().tolist():
+            at = clean.shape[1] - BLOCK_LENGTH + place
+            wanted -= batch.worth[row, place] * logits[row, at - 1, clean[row, at]]
+        torch.testing.assert_close(found, wanted)
 
 
 def test_no_test_problem_is_trained_on(words, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,8 +105,6 @@ def test_the_mask_is_full_in_a_block_and_causal_between() -> None:
 
 
 def test_the_loss_is_the_weighted_cross_entropy_of_masked_positions(words) -> None:
-    from transformers import Qwen3MoeForCausalLM
-
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(training.model_config(words))
     model.config._experts_implementation = "grouped_mm"
@@ -131,6 +161,15 @@ def test_a_minute_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path: Path, m
     assert sum(file.stat().st_size for file in (tmp_path / "whole").glob("*.safetensors")) < 12 * 2**20
     lines = (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == losses
+
+
+@pytest.mark.nightly
+def test_ten_minutes_teach_a_part_of_it(tmp_path: Path) -> None:
+    """What anybody gets from a short run; the model that the package brings took 12,000 steps."""
+    train(tmp_path, Settings(steps=2000))
+    run = evaluation.evaluate(str(tmp_path), Config(), evaluation.Settings(problems=250, batch=25))
+    found = evaluation.summary(run)
+    assert found.accuracy >= LEARNED_IN_TEN_MINUTES, found.by_skill
 
 
 def _killed(*_: object) -> None:
