@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from dmoe_compile.context import denoising as denoising
     from dmoe_compile.generation import Generated as Generated
     from dmoe_compile.generation import generate as generate
+    from dmoe_compile.loading import load_demo_model as load_demo_model
     from dmoe_compile.passes.policies import register_policy as register_policy
     from dmoe_compile.pipelines import StepCallback as StepCallback
     from dmoe_compile.report import Report as Report
@@ -46,6 +47,7 @@ _HOME = {
     "denoising": "context",
     "explain": "report",
     "generate": "generation",
+    "load_demo_model": "loading",
     "prepare": "capture",
     "register_policy": "passes.policies",
     "routing_stats": "runtime",
@@ -63,6 +65,7 @@ __all__ = [
     "denoising",
     "explain",
     "generate",
+    "load_demo_model",
     "prepare",
     "register_policy",
     "routing_stats",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -51,32 +51,30 @@ def main() -> None:
 
 @app.command()
 def demo(
-    config: Annotated[
-        Literal["small", "large"], typer.Option(help="large: layers of the published 26B-A4B's width.")
-    ] = "small",
-    steps: Annotated[int, typer.Option(help="Denoising steps of a decoding.")] = 8,
-    repeats: Annotated[int, typer.Option(help="Timed decodings of each backend; medians are shown.")] = 5,
+    problems: Annotated[int, typer.Option(help="Problems that are decoded, every skill in turn.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the problems.")] = 0,
     threads: Threads = None,
-    seed: Annotated[int, typer.Option(help="Of weights, prompt and sampling.")] = 0,
     json: Json = None,
 ) -> None:
-    """Decode with transformers' DiffusionGemma through stock Inductor and through dmoe, and compare."""
+    """Decode problems with the trained model of this package, with and without passes, and compare."""
     with usage_errors(json):
         from dmoe_compile import demo as demonstration
         from dmoe_compile.bench import require_compiler
 
         require_compiler()
-        settings = demonstration.Settings(config, steps, repeats, threads, seed)
+        settings = demonstration.Settings(problems, seed, threads)
     with progress_bar() as progress:
         result = demonstration.run(settings, progress)
-    show(result.table(), result.rows(), json)
+    show(result.table(), result.rows(), json, result.remarks())
     if not result.tokens_equal:
         fail("a coreset of all experts changed the tokens; please report it with the JSON lines of --json")
 
 
 @app.command()
 def explain(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, or a transformers model type such as qwen3_moe.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint folder, demo of this package, or a transformers type such as qwen3_moe.")
+    ],
     passes: Annotated[str, typer.Option(help="Passes to run, with commas between; '' for none.")] = "dmoe",
     option: Options = None,
     tokens: Annotated[int, typer.Option(help="Random tokens of a sequence.")] = 64,
@@ -110,7 +108,9 @@ def explain(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder, or a transformers model type such as qwen3_moe.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint folder, demo of this package, or a transformers type such as qwen3_moe.")
+    ],
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; repeat it for a batch.")] = None,
     prompt_ids: Annotated[
         list[str] | None, typer.Option(metavar="IDS", help="A prompt as token ids with commas between; repeatable.")
@@ -166,7 +166,9 @@ Seed = Annotated[int, typer.Option(help="Of the problems.")]
 
 @app.command("eval")
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder with a tokenizer.")],
+    model: Annotated[
+        str, typer.Argument(help="A checkpoint folder with a tokenizer, or demo or demo-tuned of this package.")
+    ] = "demo",
     passes: Annotated[str, typer.Option(help="Passes to run, such as team,dmoe.")] = "",
     option: Options = None,
     problems: Problems = 500,
@@ -206,7 +208,7 @@ def evaluate(
 
 @app.command()
 def pareto(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder with a tokenizer.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint folder with a tokenizer, or demo of this package.")],
     folder: Annotated[Path, typer.Argument(help="Takes a file of lines for every setting, and the picture.")],
     tuned: Annotated[str | None, typer.Option(help="The same, tuned with the dmoe pass: curves of its own.")] = None,
     problems: Problems = 500,

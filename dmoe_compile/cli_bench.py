@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from dmoe_compile.cli_shared import Json, Threads, names, progress_bar, show, usage_errors
+from dmoe_compile.cli_shared import Json, Threads, fail, names, progress_bar, show, usage_errors
 
 # Everything else is imported in the commands: torch and transformers take seconds, and --help needs neither.
 
@@ -107,6 +107,31 @@ def layer(
     with progress_bar() as progress:
         rows = figure.run(settings, progress)
     show(figure.table(rows), rows, json, figure.remarks(rows))
+
+
+@app.command("diffusion-gemma")
+def diffusion_gemma(
+    config: Annotated[
+        Literal["small", "large"], typer.Option(help="large: layers of the published 26B-A4B's width.")
+    ] = "small",
+    steps: Annotated[int, typer.Option(help="Denoising steps of a decoding.")] = 8,
+    repeats: Annotated[int, typer.Option(help="Timed decodings of each backend; medians are shown.")] = 5,
+    threads: Threads = None,
+    seed: Annotated[int, typer.Option(help="Of weights, prompt and sampling.")] = 0,
+    json: Json = None,
+) -> None:
+    """DiffusionGemma's own generate(), random weights, through stock Inductor and through dmoe."""
+    with usage_errors(json):
+        from dmoe_compile.bench import diffusion_gemma as figure
+        from dmoe_compile.bench import require_compiler
+
+        require_compiler()
+        settings = figure.Settings(config, steps, repeats, threads, seed)
+    with progress_bar() as progress:
+        result = figure.run(settings, progress)
+    show(result.table(), result.rows(), json)
+    if not result.tokens_equal:
+        fail("a coreset of all experts changed the tokens; please report it with the JSON lines of --json")
 
 
 @app.command()

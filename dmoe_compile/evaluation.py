@@ -28,12 +28,12 @@ from dmoe_compile import backend, bench, loading, problems
 from dmoe_compile.bench import Bar, Row, narrow_table
 from dmoe_compile.config import Config, check_int
 from dmoe_compile.generation import PLAIN, generate
+from dmoe_compile.problems import Problem
 from dmoe_compile.report import explain
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Settings:
         check_int("max_new_tokens", self.max_new_tokens, "length of the longest answer")
         next(problems.draw("test", self.seed, self.skills))  # which knows what is wrong with a skill
 
+    def groups(self) -> list[list[Problem]]:
+        """Return the problems, those that are decoded together in a list of their own."""
+        wanted = list(itertools.islice(problems.draw("test", self.seed, self.skills), self.problems))
+        return [wanted[i : i + self.batch] for i in range(0, len(wanted), self.batch)]
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -70,9 +75,10 @@ class Summary:
 
     Attributes:
         problems, right: how many, and how many of them ended with the right answer.
-        accuracy, low, high: the share that is right, and its 95% interval.
+        accuracy: the share that is right.
         by_skill: share that is right by skill.
-        unique_mean, unique_p95: experts that a layer used in a denoising forward, over layers and forwards.
+        unique_mean, unique_p95: experts that a layer used in a denoising forward, over layers and forwards; 0 where
+            none were counted.
         tokens: of all answers.
         forwards: of each kind.
         forwards_per_token: all forwards; tokens_per_forward: of the denoising ones alone.
@@ -83,8 +89,6 @@ class Summary:
     problems: int
     right: int
     accuracy: float
-    low: float
-    high: float
     by_skill: dict[str, float]
     unique_mean: float
     unique_p95: float
@@ -94,6 +98,13 @@ class Summary:
     tokens_per_forward: float
     expert_bytes_per_token: float
     seconds: float
+
+    def interval(self) -> tuple[float, float]:
+        """Return the 95% interval of the accuracy, Wilson's."""
+        from scipy.stats import binomtest
+
+        found = binomtest(self.right, self.problems).proportion_ci(0.95, method="wilson")
+        return float(found.low), float(found.high)
 
 
 Run = list[Row]  # the lines of a run: a header, and one for every batch
@@ -124,25 +135,13 @@ def evaluate(
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    words = loading.need_tokenizer(model, trust_remote_code)
-    loaded, _ = loading.load_model(model, trust_remote_code)
-    report = explain(loaded, config=Config(), input_ids=torch.zeros(1, config.block_length, dtype=torch.int64))
-    header = {
-        "kind": "run", "model": model, "options": config.to_options(), **asdict(settings),
-        "expert_bytes": {site.name: site.expert_bytes for site in report.sites},
-    }  # fmt: skip
-    header = json.loads(json.dumps(header))  # as a file gives it back
-    run = [header | bench.environment()] if file is None else _so_far(file, header)
-    compiled = backend.compile(loaded, replace(config, stats=True))
-    wanted = list(itertools.islice(problems.draw("test", settings.seed, settings.skills), settings.problems))
-    groups = [wanted[i : i + settings.batch] for i in range(0, len(wanted), settings.batch)]
+    decoder = Decoder(model, config, settings, trust_remote_code)
+    run = [decoder.header | bench.environment()] if file is None else _so_far(file, decoder.header)
+    groups = settings.groups()
     bar = Bar(progress, total=len(groups))
     for number, group in enumerate(groups):
         if number >= len(run) - 1:
-            before = _recompiles()
-            line = {"kind": "batch", **_decoded(compiled, words, group, config, settings)}
-            if _recompiles() > before:  # which is not decoding
-                line["seconds"] = _decoded(compiled, words, group, config, settings)["seconds"]
+            line = decoder.decode(group)
             run.append(line)
             if file is not None:
                 with file.open("a") as out:
@@ -150,6 +149,70 @@ def evaluate(
         bar.say(f"{sum(sum(each['right']) for each in run[1:])} right of {len(run) - 1}")
         bar.advance()
     return run
+
+
+class Decoder:
+    """A model compiled with some passes, which decodes problems and counts what that takes.
+
+    Attributes:
+        header: the first line of its runs.
+    """
+
+    def __init__(self, model: str, config: Config | None, settings: Settings, trust_remote_code: bool = False) -> None:
+        """Load and compile: see evaluate(). Without a config it is stock Inductor, and no experts are counted."""
+        self._words = loading.need_tokenizer(model, trust_remote_code)
+        self._settings = settings
+        loaded, _ = loading.load_model(model, trust_remote_code)
+        length = Config().block_length if config is None else config.block_length
+        report = explain(loaded, config=Config(), input_ids=torch.zeros(1, length, dtype=torch.int64))
+        header = {
+            "kind": "run", "model": model, "options": None if config is None else config.to_options(),
+            **asdict(settings), "expert_bytes": {site.name: site.expert_bytes for site in report.sites},
+        }  # fmt: skip
+        self.header: Row = json.loads(json.dumps(header))  # as a file gives it back
+        self._block_length = length
+        self._compiled: Any = (
+            torch.compile(loaded) if config is None else backend.compile(loaded, replace(config, stats=True))
+        )
+
+    def decode(self, group: Sequence[Problem]) -> Row:
+        """Decode a few problems together and return what came of it; time that compiling took is left out."""
+        before = _recompiles()
+        line = self._decode(group)
+        if _recompiles() > before:
+            line["seconds"] = self._decode(group)["seconds"]
+        return line
+
+    def _decode(self, group: Sequence[Problem]) -> Row:
+        words = self._words
+        prompts = [torch.tensor(words(each.prompt)["input_ids"]) for each in group]
+        lengths = torch.tensor([len(each) for each in prompts]).unsqueeze(1)
+        input_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        unique: dict[str, Counter[int]] = {}
+
+        def count(line: Mapping[str, Any]) -> None:
+            if line["kind"] == "forward" and line["forward"] not in PLAIN:
+                for site, used in line["unique_experts"].items():
+                    unique.setdefault(site, Counter())[used] += 1
+
+        start = time.perf_counter()
+        result = generate(
+            self._compiled, input_ids, attention_mask=torch.arange(input_ids.shape[1]) < lengths,
+            block_length=self._block_length, mask_token_id=words.mask_token_id, threshold=self._settings.threshold,
+            max_new_tokens=self._settings.max_new_tokens, trace=count,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        texts = [words.decode(answer, skip_special_tokens=True) for answer in result.answers]
+        return {
+            "kind": "batch",
+            "skills": [each.skill for each in group],
+            "right": [problems.graded(each, text) for each, text in zip(group, texts, strict=True)],
+            "texts": texts,
+            "tokens": sum(map(len, result.answers)),
+            "forwards": result.forwards,
+            "unique": {site: {str(used): times for used, times in counts.items()} for site, counts in unique.items()},
+            "seconds": seconds,
+        }
 
 
 def read(file: Path) -> Run:
@@ -185,11 +248,10 @@ def summary(run: Run) -> Summary:
     forwards: Counter[str] = Counter()
     for line in batches:
         forwards.update(line["forwards"])
-    every = np.repeat(list(used), list(used.values()))
+    every = np.repeat(list(used) or [0], list(used.values()) or [1])
     denoising = sum(count for kind, count in forwards.items() if kind not in PLAIN)
-    low, high = _interval(sum(right), len(right))
     return Summary(
-        len(right), sum(right), sum(right) / len(right), low, high,
+        len(right), sum(right), sum(right) / len(right),
         {skill: _share(r for r, s in zip(right, skills, strict=True) if s == skill) for skill in dict.fromkeys(skills)},
         float(every.mean()), float(np.percentile(every, 95)), tokens, dict(forwards), forwards.total() / tokens,
         tokens / denoising, nbytes / tokens, sum(line["seconds"] for line in batches),
@@ -225,10 +287,11 @@ def table(runs: Sequence[Run]) -> Table:
     )
     for run in runs:
         found = summary(run)
+        low, high = found.interval()
         options = ", ".join(f"{name}={value}" for name, value in run[0]["options"].items())
         out.add_row(
             Path(run[0]["model"]).name, options or "-", f"{found.accuracy:.1%} of {found.problems}",
-            f"{found.low:.1%}-{found.high:.1%}", f"{found.unique_mean:.1f}", f"{found.unique_p95:.0f}",
+            f"{low:.1%}-{high:.1%}", f"{found.unique_mean:.1f}", f"{found.unique_p95:.0f}",
             f"{found.tokens_per_forward:.2f}", f"{found.expert_bytes_per_token / 1e6:.3g}",
             f"{found.seconds / found.tokens * 1e3:.2f}",
         )  # fmt: skip
@@ -236,8 +299,9 @@ def table(runs: Sequence[Run]) -> Table:
 
 
 def row(run: Run) -> Row:
-    """Return a run as one line for --json: its header and its summary."""
-    return run[0] | asdict(summary(run))
+    """Return a run as one line for --json: its header, its summary, and the accuracy's 95% interval."""
+    found = summary(run)
+    return run[0] | asdict(found) | {"interval": found.interval()}
 
 
 def remarks(run: Run, other: Run | None) -> list[str]:
@@ -247,39 +311,6 @@ def remarks(run: Run, other: Run | None) -> list[str]:
         mine, theirs, chance = compare(run, other)
         found.append(f"right here alone {mine}, there alone {theirs}; McNemar's exact test: p = {chance:.2g}")
     return found
-
-
-def _decoded(
-    compiled: Any, words: PreTrainedTokenizerBase, group: Sequence[problems.Problem], config: Config, settings: Settings
-) -> Row:
-    """Decode a few problems together and return what came of it."""
-    prompts = [torch.tensor(words(each.prompt)["input_ids"]) for each in group]
-    lengths = torch.tensor([len(each) for each in prompts]).unsqueeze(1)
-    input_ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-    unique: dict[str, Counter[int]] = {}
-
-    def count(line: Mapping[str, Any]) -> None:
-        if line["kind"] == "forward" and line["forward"] not in PLAIN:
-            for site, used in line["unique_experts"].items():
-                unique.setdefault(site, Counter())[used] += 1
-
-    start = time.perf_counter()
-    result = generate(
-        compiled, input_ids, attention_mask=torch.arange(input_ids.shape[1]) < lengths,
-        block_length=config.block_length, mask_token_id=words.mask_token_id, threshold=settings.threshold,
-        max_new_tokens=settings.max_new_tokens, trace=count,
-    )  # fmt: skip
-    seconds = time.perf_counter() - start
-    texts = [words.decode(answer, skip_special_tokens=True) for answer in result.answers]
-    return {
-        "skills": [each.skill for each in group],
-        "right": [problems.graded(each, text) for each, text in zip(group, texts, strict=True)],
-        "texts": texts,
-        "tokens": sum(map(len, result.answers)),
-        "forwards": result.forwards,
-        "unique": {site: {str(used): times for used, times in counts.items()} for site, counts in unique.items()},
-        "seconds": seconds,
-    }
 
 
 def _recompiles() -> int:
@@ -300,13 +331,6 @@ def _so_far(file: Path, header: Row) -> Run:
         raise ValueError(f"{file} holds another run ({found}), not {header}: name another file, or remove it")
     file.write_text("".join(whole))  # without a last line that was cut off
     return run
-
-
-def _interval(right: int, number: int) -> tuple[float, float]:
-    from scipy.stats import binomtest
-
-    found = binomtest(right, number).proportion_ci(0.95, method="wilson")
-    return float(found.low), float(found.high)
 
 
 def _share(right: Iterable[bool]) -> float:

@@ -48,6 +48,10 @@ _TINY: dict[str, Any] = {  # what `load` shrinks; a name that a config lacks is 
 _MAX_TINY = 100_000_000  # parameters
 
 
+_CHECKPOINTS = Path(__file__).parent / "checkpoints"
+OWN = {"demo": _CHECKPOINTS / "demo", "demo-tuned": _CHECKPOINTS / "demo_tuned"}  # models of this package
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model, the keyword arguments of one forward, and what a reader should know about both.
@@ -65,7 +69,8 @@ def load(source: str, batch: int = 1, tokens: int = 64, trust_remote_code: bool 
     """Return the model of a local checkpoint folder or a tiny random one of a transformers model type, and inputs.
 
     Args:
-        source: a folder with config.json and .safetensors files, or a model type such as "qwen3_moe".
+        source: a folder with config.json and .safetensors files, a model of this package ("demo", "demo-tuned"), or a
+            model type such as "qwen3_moe".
         batch: sequences of the forward.
         tokens: random tokens of a sequence; of the prompt, where the model denoises a canvas of its own length.
         trust_remote_code: run model code that lies in the folder.
@@ -83,10 +88,29 @@ def load(source: str, batch: int = 1, tokens: int = 64, trust_remote_code: bool 
     return Loaded(model, inputs, note, length)
 
 
+def folder_of(source: str) -> Path:
+    """Return the folder that a name of OWN stands for, and any other source as it is."""
+    return Path(source) if Path(source).is_dir() else OWN.get(source, Path(source))
+
+
+def load_demo_model(tuned: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the block diffusion model that this package brings, in bf16, and its tokenizer.
+
+    A transformers Qwen3MoeForCausalLM with 4 layers of 64 experts, 8 a token, and blocks of 32 tokens, which solves the
+    short problems of problems.py; training.py made it, and checkpoints/demo/README.md is its model card.
+
+    Args:
+        tuned: the one that tuning.py tuned to the dmoe pass with top_p 0.6 and min_experts 8.
+    """
+    folder = str(OWN["demo-tuned" if tuned else "demo"])
+    return load_model(folder)[0], need_tokenizer(folder)
+
+
 def load_model(source: str, trust_remote_code: bool = False, seed: int = 0) -> tuple[PreTrainedModel, str]:
     """Return the model alone, see load(), and what a reader should know about it."""
-    if Path(source).is_dir():
-        return _checkpoint(Path(source), trust_remote_code), f"weights of {source}"
+    folder = folder_of(source)
+    if folder.is_dir():
+        return _checkpoint(folder, trust_remote_code), f"weights of {source}"
     return _tiny(source, seed)
 
 
@@ -94,10 +118,11 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     """Return the tokenizer of a local checkpoint folder, None where there is none."""
     from transformers import AutoTokenizer
 
-    if not any(Path(source).glob("tokenizer*")):
+    folder = folder_of(source)
+    if not any(folder.glob("tokenizer*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"the tokenizer of {source} does not load: {_first_line(error)}") from error
 

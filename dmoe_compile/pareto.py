@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile import evaluation
+from dmoe_compile import evaluation, loading
 from dmoe_compile.bench import narrow_table
 from dmoe_compile.config import Config
 from dmoe_compile.evaluation import Run, Settings, Summary
@@ -91,7 +91,7 @@ def sweep(
     """
     from transformers import AutoConfig
 
-    top_k = AutoConfig.from_pretrained(model).num_experts_per_tok
+    top_k = AutoConfig.from_pretrained(loading.folder_of(model)).num_experts_per_tok
     folder.mkdir(parents=True, exist_ok=True)
     runs = {}
     for point in grid(top_k, top_k if least is None else least):
@@ -114,9 +114,10 @@ def table(runs: Mapping[Point, Run]) -> Table:
     )
     for point, run in runs.items():
         found = evaluation.summary(run)
+        low, high = found.interval()
         _, _, chance = evaluation.compare(vanilla, run)
         out.add_row(
-            point.curve, point.name, f"{found.accuracy:.1%}", f"{found.low:.1%}-{found.high:.1%}",
+            point.curve, point.name, f"{found.accuracy:.1%}", f"{low:.1%}-{high:.1%}",
             f"{found.unique_mean:.1f}", f"{1 - found.unique_mean / base.unique_mean:.0%}",
             f"{found.expert_bytes_per_token / 1e6:.3g}",
             f"{base.expert_bytes_per_token / found.expert_bytes_per_token:.2f}x",
@@ -139,8 +140,8 @@ def draw(runs: Mapping[Point, Run], path: Path) -> list[Path]:
     for name, each in curves.items():
         each.sort(key=lambda found: found.unique_mean)
         x, y = [found.unique_mean for found in each], [100 * found.accuracy for found in each]
-        below = [100 * (found.accuracy - found.low) for found in each]
-        above = [100 * (found.high - found.accuracy) for found in each]
+        below = [100 * (found.accuracy - found.interval()[0]) for found in each]
+        above = [100 * (found.interval()[1] - found.accuracy) for found in each]
         marker = "*" if name == VANILLA else "o"
         axes.errorbar(x, y, [below, above], label=name, marker=marker, elinewidth=0.6, capsize=2)
     kept = 100 * _CLOSE * curves[VANILLA][0].accuracy

@@ -31,7 +31,7 @@ import json
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,61 +238,86 @@ def train(folder: Path, settings: Settings) -> list[dict[str, Any]]:
     Raises:
         ValueError: where other settings were used in that folder.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import set_seed
     from rich.progress import Progress
-    from transformers import Qwen3MoeForCausalLM, get_cosine_schedule_with_warmup
 
     log = folder / "log.jsonl"
     lines = _log_so_far(log, settings)
-    accelerator = Accelerator()
-    words = tokenizer()
-    set_seed(settings.seed)
-    model = Qwen3MoeForCausalLM(model_config(words))
-    model.config._experts_implementation = "grouped_mm"  # batched_mm takes 60 times as long to train on a CPU
-    optimizers = _optimizers(model, settings.learning_rate)
-    schedules = [get_cosine_schedule_with_warmup(each, settings.warm_up, settings.steps) for each in optimizers]
-    model, *steppers = accelerator.prepare(model, *optimizers, *schedules)  # optimizers before what sets their rates
-    done = 0
+    training = _Training(settings)
     if lines:
-        done = lines[-1]["step"]
-        accelerator.load_state(str(_state(folder, done)))
+        training.go_on(folder, lines[-1]["step"])
     start = time.monotonic()
     with Progress() as bar:
-        task = bar.add_task("train", total=settings.steps, completed=done)
-        while done < settings.steps:
-            began = time.monotonic()
-            source = batches(words, settings.tokens, settings.seed * 1_000_003 + done)
-            losses: dict[bool, list[Tensor]] = {False: [], True: []}
-            for _ in range(min(_CHUNK, settings.steps - done)):
-                autoregressive = done % 2 == 0 and done < _AUTOREGRESSIVE * settings.steps
-                batch = _on(next(source), accelerator.device)
-                loss, plain = loss_of(model, batch, settings.balance, autoregressive)
-                accelerator.backward(loss)
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)
-                for stepper in steppers:
-                    stepper.step()
-                model.zero_grad()
-                losses[autoregressive].append(plain.detach())
-                done += 1
-                bar.advance(task)
-            means = {kind: torch.stack(each).mean().item() if each else None for kind, each in losses.items()}
-            seconds = time.monotonic() - began
-            line = {"step": done, "loss": means[False], "autoregressive_loss": means[True], "seconds": seconds}
-            lines.append({**asdict(settings), **line})
-            bar.update(task, description=f"loss {means[False]:.4f}")
-            save(accelerator.unwrap_model(model), words, folder)
-            accelerator.save_state(str(_state(folder, done)))
+        task = bar.add_task("train", total=settings.steps, completed=training.done)
+        while training.done < settings.steps:
+            lines.append(asdict(settings) | training.chunk(lambda: bar.advance(task)))
+            shown = [
+                f"{lines[-1][name]:.4f}" for name in ("loss", "autoregressive_loss") if lines[-1][name] is not None
+            ]
+            bar.update(task, description=f"loss {', '.join(shown)}")
+            training.save(folder)
             # The log says which state is whole: it is replaced at once, after what it tells of is saved.
             written = log.with_suffix(".new")
             written.write_text("".join(json.dumps(line) + "\n" for line in lines))
             written.replace(log)
-            for old in folder.glob("state-*"):
-                if old != _state(folder, done):
-                    shutil.rmtree(old)
+            training.forget_others(folder)
             if settings.minutes is not None and time.monotonic() - start > 60 * settings.minutes:
                 break
     return lines
+
+
+class _Training:
+    """A model and what trains it, `done` steps from its beginning."""
+
+    def __init__(self, settings: Settings) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+        from transformers import Qwen3MoeForCausalLM, get_cosine_schedule_with_warmup
+
+        self.settings = settings
+        self.done = 0
+        self.words = tokenizer()
+        self.accelerator = Accelerator()
+        set_seed(settings.seed)
+        model = Qwen3MoeForCausalLM(model_config(self.words))
+        model.config._experts_implementation = "grouped_mm"  # batched_mm takes 60 times as long to train on a CPU
+        optimizers = _optimizers(model, settings.learning_rate)
+        schedules = [get_cosine_schedule_with_warmup(each, settings.warm_up, settings.steps) for each in optimizers]
+        # Optimizers come before what sets their rates.
+        self.model, *self.steppers = self.accelerator.prepare(model, *optimizers, *schedules)
+
+    def go_on(self, folder: Path, step: int) -> None:
+        self.accelerator.load_state(str(_state(folder, step)))
+        self.done = step
+
+    def chunk(self, tick: Callable[[], None]) -> dict[str, Any]:
+        """Train for a chunk, calling `tick` at every step; return its line of the log."""
+        began, settings = time.monotonic(), self.settings
+        source = batches(self.words, settings.tokens, settings.seed * 1_000_003 + self.done)
+        losses: dict[bool, list[Tensor]] = {False: [], True: []}
+        for _ in range(min(_CHUNK, settings.steps - self.done)):
+            autoregressive = self.done % 2 == 0 and self.done < _AUTOREGRESSIVE * settings.steps
+            batch = _on(next(source), self.accelerator.device)
+            loss, plain = loss_of(self.model, batch, settings.balance, autoregressive)
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            for stepper in self.steppers:
+                stepper.step()
+            self.model.zero_grad()
+            losses[autoregressive].append(plain.detach())
+            self.done += 1
+            tick()
+        means = {kind: torch.stack(each).mean().item() if each else None for kind, each in losses.items()}
+        seconds = time.monotonic() - began
+        return {"step": self.done, "loss": means[False], "autoregressive_loss": means[True], "seconds": seconds}
+
+    def save(self, folder: Path) -> None:
+        save(self.accelerator.unwrap_model(self.model), self.words, folder)
+        self.accelerator.save_state(str(_state(folder, self.done)))
+
+    def forget_others(self, folder: Path) -> None:
+        for old in folder.glob("state-*"):
+            if old != _state(folder, self.done):
+                shutil.rmtree(old)
 
 
 def _state(folder: Path, step: int) -> Path:

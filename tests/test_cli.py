@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import dmoe_compile
 from dmoe_compile import cli, demo
-from dmoe_compile.bench import overhead
+from dmoe_compile.bench import diffusion_gemma, environment, overhead
 from dmoe_compile.cli_shared import backend_options
 
 
@@ -46,7 +46,7 @@ USAGE_ERRORS = {
     "no value": (["explain", "qwen3_moe", "--option", "stats"], ["'stats'", "KEY=VALUE"]),
     "passes as an option": (["explain", "qwen3_moe", "--option", "passes=dmoe"], ["--passes dmoe"]),
     "no tokens": (["explain", "qwen3_moe", "--tokens", "0"], ["tokens is 0", "at least 1"]),
-    "no steps": (["demo", "--steps", "0"], ["steps is 0", "at least 1"]),
+    "no steps": (["bench", "diffusion-gemma", "--steps", "0"], ["steps is 0", "at least 1"]),
     "no threads": (["demo", "--threads", "-1"], ["threads is -1", "at least 1"]),
     "no folder for json": (["demo", "--json", "no/such/out.jsonl"], ["no/such", "make it first"]),
     "no blocks": (["bench", "coresets", "--blocks", "0"], ["blocks is 0", "at least 1"]),
@@ -68,7 +68,9 @@ def test_a_usage_error_is_one_line_and_exit_code_2(args, words):
     assert [word for word in words if word not in line] == []
 
 
-@pytest.mark.parametrize("args", [["demo", "--config", "huge"], ["bench", "speed"], ["explain"], ["demo", "--fast"]])
+@pytest.mark.parametrize(
+    "args", [["bench", "diffusion-gemma", "--config", "huge"], ["bench", "speed"], ["explain"], ["demo", "--fast"]]
+)
 def test_what_the_parser_refuses_exits_with_2(args):
     result = invoke(*args)
     assert result.exit_code == 2
@@ -188,15 +190,35 @@ def test_demo_exits_with_1_when_tokens_differ(monkeypatch, tmp_path, tokens_equa
 
     def run(settings, progress):
         seen.append(settings)
-        timing = demo.Timing(forwards=2, wall_s=[0.5], decoder_s=[0.25])
-        layer = demo.Layer("layer", 128, 1000, unique_before=100.0, unique_after=20.0)
-        return demo.Result(settings, {**demo.environment()}, [layer], dict.fromkeys(demo.TIMED, timing), tokens_equal)
+        return demo.Result(settings, environment(), [], {}, tokens_equal)
 
     monkeypatch.setattr(demo, "run", run)
     path = tmp_path / "out.jsonl"
-    result = invoke("demo", "--config", "large", "--steps", "2", "--threads", "1", "--seed", "5", "--json", str(path))
+    result = invoke("demo", "--problems", "3", "--seed", "5", "--threads", "1", "--json", str(path))
     assert result.exit_code == exit_code
-    assert seen == [demo.Settings("large", steps=2, repeats=5, threads=1, seed=5)]
+    assert seen == [demo.Settings(problems=3, seed=5, threads=1)]
+    assert ("changed the tokens" in result.stderr) is not tokens_equal
+    assert json.loads(path.read_text())["tokens_equal"] is tokens_equal
+
+
+@pytest.mark.parametrize(("tokens_equal", "exit_code"), [(True, 0), (False, 1)])
+def test_bench_diffusion_gemma_exits_with_1_when_tokens_differ(monkeypatch, tmp_path, tokens_equal, exit_code):
+    seen = []
+
+    def run(settings, progress):
+        seen.append(settings)
+        timing = diffusion_gemma.Timing(forwards=2, wall_s=[0.5], decoder_s=[0.25])
+        layer = diffusion_gemma.Layer("layer", 128, 1000, unique_before=100.0, unique_after=20.0)
+        return diffusion_gemma.Result(
+            settings, {**environment()}, [layer], dict.fromkeys(diffusion_gemma.TIMED, timing), tokens_equal
+        )
+
+    monkeypatch.setattr(diffusion_gemma, "run", run)
+    path = tmp_path / "out.jsonl"
+    how = ["--config", "large", "--steps", "2", "--threads", "1", "--seed", "5", "--json", str(path)]
+    result = invoke("bench", "diffusion-gemma", *how)
+    assert result.exit_code == exit_code
+    assert seen == [diffusion_gemma.Settings("large", steps=2, repeats=5, threads=1, seed=5)]
     assert ("changed the tokens" in result.stderr) is not tokens_equal
     assert json.loads(path.read_text().splitlines()[-1])["tokens_equal"] is tokens_equal
 
@@ -221,7 +243,7 @@ def dmoe_options(**changed):
 
 
 def overhead_rows(layers):
-    env = demo.environment() | {"layers": layers}
+    env = environment() | {"layers": layers}
     rows = [{"kind": "matcher", "sites": layers, "ms_per_site": 1.5}]
     for provider in overhead.PROVIDERS:
         for cache in ("cold", "warm"):

@@ -24,7 +24,8 @@ def test_what_a_run_counts(run: tuple[Run, Path]) -> None:
     found = summary(lines)
     assert [line["skills"] for line in lines[1:]] == [[skill] for skill in evaluation.problems.SKILLS]
     assert (found.problems, found.right) == (5, 0)
-    assert found.low == 0 < found.high < 0.5
+    low, high = found.interval()
+    assert low == 0 < high < 0.5
     assert found.by_skill == dict.fromkeys(evaluation.problems.SKILLS, 0.0)
     assert 8 <= found.unique_mean <= found.unique_p95 <= 64  # a token's experts, and all
     assert found.tokens == sum(line["tokens"] for line in lines[1:])
@@ -77,7 +78,7 @@ def lines(right: list[bool], **header: object) -> Run:
 def test_statistics() -> None:
     found = summary(lines([True] * 90 + [False] * 10))
     assert found.accuracy == 0.9
-    assert (found.low, found.high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))  # Wilson
+    assert found.interval() == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))  # Wilson
     assert (found.unique_mean, found.unique_p95) == (4.5, 5)
     assert found.expert_bytes_per_token == (3 + 15) * 10 / 4
     assert (found.forwards_per_token, found.tokens_per_forward) == (0.75, 2)
