@@ -140,8 +140,9 @@ def draw(runs: Mapping[Point, Run], path: Path) -> list[Path]:
     for name, each in curves.items():
         each.sort(key=lambda found: found.unique_mean)
         x, y = [found.unique_mean for found in each], [100 * found.accuracy for found in each]
-        below = [100 * (found.accuracy - found.interval()[0]) for found in each]
-        above = [100 * (found.interval()[1] - found.accuracy) for found in each]
+        intervals = [found.interval() for found in each]
+        below = [100 * (found.accuracy - low) for found, (low, _) in zip(each, intervals, strict=True)]
+        above = [100 * (high - found.accuracy) for found, (_, high) in zip(each, intervals, strict=True)]
         marker = "*" if name == VANILLA else "o"
         axes.errorbar(x, y, [below, above], label=name, marker=marker, elinewidth=0.6, capsize=2)
     kept = 100 * _CLOSE * curves[VANILLA][0].accuracy

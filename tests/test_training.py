@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeForCausalL
 from dmoe_compile import Config, evaluation, problems, training
 from dmoe_compile.training import BLOCK_LENGTH, Settings, batches, block_mask, encode, loss_of, tokenizer, train
 
-LEARNED_IN_TEN_MINUTES = 0.3  # share of problems, after 2,000 steps; docs/quality.md says so
+LEARNED_IN_TEN_MINUTES = 0.3  # share of problems, after 2,000 steps
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_a_minute_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path: Path, m
 
 @pytest.mark.nightly
 def test_ten_minutes_teach_a_part_of_it(tmp_path: Path) -> None:
-    """What anybody gets from a short run; the model that the package brings took 12,000 steps."""
+    """What anybody gets from a short run; the model that the package brings took 7,500 steps."""
     train(tmp_path, Settings(steps=2000))
     run = evaluation.evaluate(str(tmp_path), Config(), evaluation.Settings(problems=250, batch=25))
     found = evaluation.summary(run)
