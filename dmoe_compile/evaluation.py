@@ -167,7 +167,8 @@ class Decoder:
         report = explain(loaded, config=Config(), input_ids=torch.zeros(1, length, dtype=torch.int64))
         header = {
             "kind": "run", "model": model, "options": None if config is None else config.to_options(),
-            **asdict(settings), "expert_bytes": {site.name: site.expert_bytes for site in report.sites},
+            **asdict(settings), "num_experts": max((site.num_experts for site in report.sites), default=0),
+            "expert_bytes": {site.name: site.expert_bytes for site in report.sites},
         }  # fmt: skip
         self.header: Row = json.loads(json.dumps(header))  # as a file gives it back
         self._block_length = length
@@ -209,6 +210,7 @@ class Decoder:
             "right": [problems.graded(each, text) for each, text in zip(group, texts, strict=True)],
             "texts": texts,
             "tokens": sum(map(len, result.answers)),
+            "answers": [answer.tolist() for answer in result.answers],
             "forwards": result.forwards,
             "unique": {site: {str(used): times for used, times in counts.items()} for site, counts in unique.items()},
             "seconds": seconds,

@@ -65,16 +65,17 @@ def draw(split: Split, seed: int, skills: Sequence[str] | None = None) -> Iterat
     Args:
         split: "train" or "test".
         seed: equal seeds give equal problems, on any machine.
-        skills: which ones, in this order, of SKILLS and DRILLS; all of SKILLS if None.
+        skills: which ones, in this order, of SKILLS, and to train of DRILLS, which nothing grades; SKILLS if None.
 
     Raises:
         ValueError: for a name that is none.
     """
     names = tuple(SKILLS) if skills is None else tuple(skills)
-    known = SKILLS | DRILLS
+    known = SKILLS if split == "test" else SKILLS | DRILLS
     for name in names:
         if name not in known:
-            raise ValueError(f"skills has {name!r}, but must be of: {', '.join(known)}")
+            drill = ", a drill to train on that nothing grades" if name in DRILLS else ""
+            raise ValueError(f"skills has {name!r}{drill}, but must be of: {', '.join(known)}")
     if split not in ("train", "test"):
         raise ValueError(f"split is {split!r}, but must be 'train' or 'test'")
     rng = random.Random(f"{split} {seed}")

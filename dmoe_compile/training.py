@@ -11,8 +11,8 @@ worked answer says its results twice, so that with scattered masks a model can c
 work out few. For the same reason it trains on drills too, in which nothing is said twice.
 
 Of the first steps every second one is autoregressive, as SDAR trains a model before it adapts it to blocks. Masks alone
-did not teach to look up what follows a name in a table, not in 3,000 steps: a mask knows nothing of the token before
-it, so that two things must be learned at once. Next tokens teach it in 300, and masks then take it over.
+hardly teach to look up what follows a name in a table: a mask knows nothing of the token before it, so that two things
+must be learned at once. Next tokens teach it soon, and masks then take it over.
 
 Attention learns with Muon (Keller Jordan; scaled to AdamW's rates as in arXiv 2502.16982), the rest with AdamW: heads
 that copy, which every skill rests on, come within hundreds of steps then, and not within thousands.

@@ -154,5 +154,9 @@ def test_every_word_is_known_and_there_are_few() -> None:
 def test_what_is_no_skill_is_said() -> None:
     with pytest.raises(ValueError, match="skills has 'poetry', but must be of: arithmetic, sorting"):
         next(draw("test", 0, ["poetry"]))
+    with pytest.raises(
+        ValueError, match="skills has 'sums', a drill to train on that nothing grades, but must be of: ari"
+    ):
+        next(draw("test", 0, ["sorting", "sums"]))
     with pytest.raises(ValueError, match="split is 'dev', but must be 'train' or 'test'"):
         next(draw("dev", 0))  # type: ignore[arg-type]
