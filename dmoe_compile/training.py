@@ -58,7 +58,7 @@ _AUTOREGRESSIVE = 0.7  # share of the training in which every second step is aut
 _CHUNK = 250  # steps whose problems and noise come from one seed; training is saved and goes on between chunks
 
 
-def check_schedule(steps: int, tokens: int, learning_rate: float) -> None:
+def check_schedule(steps: int, tokens: int, learning_rate: float, warm_up: int) -> None:
     """Raise ValueError for what can't be trained with; `tokens` is of a step, in sequences of one or two blocks."""
     if steps < 1:
         raise ValueError(f"steps is {steps}, but must be at least 1")
@@ -66,6 +66,8 @@ def check_schedule(steps: int, tokens: int, learning_rate: float) -> None:
         raise ValueError(f"tokens is {tokens}, but must be a multiple of two blocks, {2 * BLOCK_LENGTH}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}, but must be above 0")
+    if warm_up < 1:
+        raise ValueError(f"warm_up is {warm_up}, but must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,7 @@ class Settings:
     minutes: float | None = None
 
     def __post_init__(self) -> None:
-        check_schedule(self.steps, self.tokens, self.learning_rate)
-        if self.warm_up < 1:
-            raise ValueError(f"warm_up is {self.warm_up}, but must be at least 1")
+        check_schedule(self.steps, self.tokens, self.learning_rate, self.warm_up)
 
 
 @dataclass(frozen=True)
@@ -280,10 +280,10 @@ class _Training:
         set_seed(settings.seed)
         model = Qwen3MoeForCausalLM(model_config(self.words))
         model.config._experts_implementation = "grouped_mm"  # batched_mm takes 60 times as long to train on a CPU
-        optimizers = _optimizers(model, settings.learning_rate)
-        schedules = [get_cosine_schedule_with_warmup(each, settings.warm_up, settings.steps) for each in optimizers]
+        trained = optimizers(model, settings.learning_rate)
+        schedules = [get_cosine_schedule_with_warmup(each, settings.warm_up, settings.steps) for each in trained]
         # Optimizers come before what sets their rates.
-        self.model, *self.steppers = self.accelerator.prepare(model, *optimizers, *schedules)
+        self.model, *self.steppers = self.accelerator.prepare(model, *trained, *schedules)
 
     def go_on(self, folder: Path, step: int) -> None:
         self.accelerator.load_state(str(_state(folder, step)))
@@ -324,7 +324,8 @@ def _state(folder: Path, step: int) -> Path:
     return folder / f"state-{step}"
 
 
-def _optimizers(model: Qwen3MoeForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: Qwen3MoeForCausalLM, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Return what trains a model: Muon for the matrices of attention, AdamW for the rest; see above."""
     attention: list[Tensor] = []
     rest: list[Tensor] = []
     for name, parameter in model.named_parameters():

@@ -4,7 +4,7 @@
 
 The teacher is the model as it is. The student is the same model compiled with the dmoe pass, so that its forward is
 routed by votes while gradients flow through the passes' joint graph; it learns to say of every masked token what the
-teacher says. Routers and norms alone are trained: what they hold is small beside the experts, and enough to move votes.
+teacher says. All weights are trained: experts that a block shares must do what others did before.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_compile import loading
-from dmoe_compile.training import BLOCK_LENGTH, Batch, batches, block_mask, check_schedule, save
+from dmoe_compile.training import BLOCK_LENGTH, Batch, batches, block_mask, check_schedule, optimizers, save
 
-_TRAINED = ("mlp.gate.", "norm")  # parts of the names of what is trained
+_LOGGED = 100  # steps whose mean loss is a number of the log
 
 
 @dataclass(frozen=True)
@@ -33,21 +33,22 @@ class Settings:
     Attributes:
         steps: of the optimizer.
         tokens: of a step.
-        learning_rate: at the beginning; it falls linearly.
+        learning_rate: its peak, as in training; it rises over `warm_up` steps and falls as a cosine.
         top_p: dmoe.top_p.
         min_experts: dmoe.min_experts; the model's k if None.
         seed: of problems and noise; other ones than training saw.
     """
 
-    steps: int = 1000
-    tokens: int = 4096
+    steps: int = 6000
+    tokens: int = 2048
     learning_rate: float = 1e-3
+    warm_up: int = 50
     top_p: float = 0.6
     min_experts: int | None = None
     seed: int = 1
 
     def __post_init__(self) -> None:
-        check_schedule(self.steps, self.tokens, self.learning_rate)
+        check_schedule(self.steps, self.tokens, self.learning_rate, self.warm_up)
 
 
 def tune(source: str, folder: Path, settings: Settings) -> list[float]:
@@ -57,20 +58,18 @@ def tune(source: str, folder: Path, settings: Settings) -> list[float]:
         ValueError: for a folder that holds no model with a tokenizer.
     """
     from rich.progress import track
+    from transformers import get_cosine_schedule_with_warmup
 
     words: Any = loading.need_tokenizer(source)
     student: Any = loading.load_model(source)[0].float()
     student.config._experts_implementation = "grouped_mm"
     teacher = copy.deepcopy(student).requires_grad_(False)
-    trained = [x for name, x in student.requires_grad_(False).named_parameters() if any(t in name for t in _TRAINED)]
-    for parameter in trained:
-        parameter.requires_grad_(True)
     least = student.config.num_experts_per_tok if settings.min_experts is None else settings.min_experts
     options: Any = {"passes": ["dmoe"], "dmoe.top_p": settings.top_p, "dmoe.min_experts": least}
     options["block_length"] = BLOCK_LENGTH
     forward = torch.compile(student.model, backend="dmoe", options=options, dynamic=False)
-    optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
+    trained = optimizers(student, settings.learning_rate)
+    schedules = [get_cosine_schedule_with_warmup(each, settings.warm_up, settings.steps) for each in trained]
     source_of = batches(words, settings.tokens, settings.seed)
     losses = []
     began = time.monotonic()
@@ -78,14 +77,15 @@ def tune(source: str, folder: Path, settings: Settings) -> list[float]:
         batch = next(source_of)
         loss = _distance(_logits(teacher, teacher.model, batch), _logits(student, forward, batch), batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        for stepper in (*trained, *schedules):
+            stepper.step()
+        student.zero_grad()
         losses.append(loss.item())
     folder.mkdir(parents=True, exist_ok=True)
     save(student, words, folder)
-    line = {**asdict(settings), "min_experts": least, "loss": losses[-100:], "seconds": time.monotonic() - began}
+    means = [sum(some) / len(some) for some in (losses[i : i + _LOGGED] for i in range(0, len(losses), _LOGGED))]
+    line = {**asdict(settings), "min_experts": least, "loss": means, "seconds": time.monotonic() - began}
     (folder / "log.jsonl").write_text(json.dumps(line) + "\n")
     return losses
 

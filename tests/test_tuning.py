@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from dmoe_compile import training
 from dmoe_compile.tuning import Settings, tune
 
 
-def test_the_student_gets_nearer_and_only_routers_and_norms_move(tmp_path: Path) -> None:
+def test_the_student_gets_nearer(tmp_path: Path) -> None:
     torch.manual_seed(0)
     words = training.tokenizer()
     model = Qwen3MoeForCausalLM(training.model_config(words))
@@ -22,13 +23,16 @@ def test_the_student_gets_nearer_and_only_routers_and_norms_move(tmp_path: Path)
             torch.nn.init.normal_(layer.mlp.experts.down_proj, std=0.2)
         torch.nn.init.normal_(model.lm_head.weight, std=0.1)
     training.save(model, words, tmp_path / "base")
-    losses = tune(str(tmp_path / "base"), tmp_path / "tuned", Settings(steps=60, tokens=512, learning_rate=1e-2))
+    losses = tune(
+        str(tmp_path / "base"), tmp_path / "tuned", Settings(steps=60, tokens=512, learning_rate=4e-3, warm_up=5)
+    )
     assert sum(losses[-15:]) < 0.9 * sum(losses[:15]), losses
     assert all(loss > 0 for loss in losses)
     before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("base", "tuned"))
-    moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
-    assert any("mlp.gate" in name for name in moved)
-    assert all("mlp.gate" in name or "norm" in name for name in moved)
+    assert [name for name, x in after.items() if torch.equal(x, before[name])] == []
+    (line,) = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
+    assert line["loss"] == [pytest.approx(sum(losses) / 60)]
+    assert line["min_experts"] == 8
 
 
 @pytest.mark.parametrize(
