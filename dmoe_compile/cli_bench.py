@@ -53,38 +53,43 @@ def coresets(
 
 
 @app.command()
-def decoding(
-    layers: Annotated[int, typer.Option(help="Layers of SDAR-30B-A3B's width; 2.4 GB each in fp32.")] = 2,
+def e2e(
+    shapes: Annotated[str | None, typer.Option(help="Published models, separated by commas; all by default.")] = None,
+    ways: Annotated[
+        str | None, typer.Option(help="Ways, separated by commas; all but TEAM's single strategies by default.")
+    ] = None,
+    memory_gib: Annotated[float, typer.Option("--memory", help="GiB: as many layers are built as fit.")] = 12.0,
+    layers: Annotated[int | None, typer.Option(help="So many layers instead.")] = None,
     blocks: Annotated[int, typer.Option(help="Blocks of an answer.")] = 2,
     repeats: Annotated[int, typer.Option(help="Timed decodings of each way; medians are shown.")] = 3,
     tokens_per_forward: Annotated[
-        float, typer.Option(help="Assumed: tokens that a forward accepts without passes.")
-    ] = 2.0,
-    top_p: Annotated[float, typer.Option(help="dmoe.top_p of the ways with dmoe.")] = 0.8,
+        float | None, typer.Option(help="Assumed: tokens that a forward accepts without passes; the stack's own.")
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16"], typer.Option(help="auto: bfloat16 where the CPU multiplies it.")
     ] = "auto",
     recorded: Annotated[
         str | None, typer.Option(metavar="JSON", help="Instead: tests/reference/sdar_tiny_weights.json as it is.")
     ] = None,
-    own_experts: Annotated[
-        bool, typer.Option("--own-experts", help="Transformers' grouped_mm in every way, not the expert kernel.")
-    ] = False,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
-    """What TEAM gains in decoding, strategy by strategy: forwards, experts, time per accepted token."""
+    """End to end: real-width layers decode blocks; eager, Inductor, the kernel, and every pass. Takes long."""
     with usage_errors(json):
-        from dmoe_compile.bench import decoding as figure
+        from rich.console import Group
+
+        from dmoe_compile.bench import e2e as figure
         from dmoe_compile.bench import require_compiler
 
         require_compiler()
         settings = figure.Settings(
-            layers, blocks, 64, repeats, tokens_per_forward, top_p, dtype, recorded, own_experts, threads
-        )
+            names(shapes), names(ways) or tuple(figure.WAYS), memory_gib, layers, blocks, 64, repeats,
+            tokens_per_forward, dtype, recorded, threads,
+        )  # fmt: skip
     with progress_bar() as progress:
         rows = figure.run(settings, progress)
-    show(figure.table(rows), rows, json)
+    parts = figure.by_shape(rows)
+    show(Group(*map(figure.table, parts)), rows, json, (each for part in parts for each in figure.remarks(part)))
 
 
 @app.command()

@@ -65,7 +65,10 @@ def grid(top_k: int, least: int) -> list[Point]:
         options = {"passes": ["team"], **{f"team.{each}": each in some for each in strategies}}
         points.append(Point("team", " + ".join(some), options))
     both = {"passes": ["team", "dmoe"], "dmoe.top_p": 0.8, "dmoe.min_experts": least}
-    points.append(Point("team + dmoe", "all, p=0.8", both))
+    points.append(Point("team + dmoe", "p=0.8", both))
+    points.append(Point("team + dmoe, tuned", "p=0.6", {**both, "dmoe.top_p": 0.6}, tuned=True))
+    for mass in (0.7, 0.8, 0.9):
+        points.append(Point("team + cover", f"mass={mass}", {"passes": ["team", "cover"], "cover.mass": mass}))
     return points
 
 
@@ -143,8 +146,10 @@ def draw(runs: Mapping[Point, Run], path: Path) -> list[Path]:
         intervals = [found.interval() for found in each]
         below = [100 * (found.accuracy - low) for found, (low, _) in zip(each, intervals, strict=True)]
         above = [100 * (high - found.accuracy) for found, (_, high) in zip(each, intervals, strict=True)]
-        marker = "*" if name == VANILLA else "o"
-        axes.errorbar(x, y, [below, above], label=name, marker=marker, elinewidth=0.6, capsize=2)
+        look: Any = (
+            {"marker": "*", "markersize": 14, "color": "black", "zorder": 3} if name == VANILLA else {"marker": "o"}
+        )
+        axes.errorbar(x, y, [below, above], label=name, elinewidth=0.6, capsize=2, **look)
     kept = 100 * _CLOSE * curves[VANILLA][0].accuracy
     axes.axhline(kept, color="grey", linestyle=":", label=f"{_CLOSE:.0%} of vanilla")
     axes.set_xlabel("unique experts of a layer in a denoising forward, mean")

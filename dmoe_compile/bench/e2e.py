@@ -1,0 +1,507 @@
+"""End to end: stacks of real-width decoder layers decode real blocks with their KV cache, way by way.
+
+The stacks, and what is assumed because their weights are random, are those of stacks.py. One process; the ways take
+turns; medians of whole decodings. All are decoded by dmoe_compile's decoder.
+
+    eager            the model as transformers loads it, experts by grouped_mm
+    inductor loop    torch.compile, experts by the Python loop that published model files have ("eager" in transformers)
+    inductor         torch.compile, experts by grouped_mm: transformers' default and its fastest, so the baseline
+    kernel           backend="dmoe" and no pass: the model's own experts by the fused kernel
+    dmoe, des, ...   the kernel and passes
+
+Measured: seconds, unique experts, forwards, bytes kept, resident memory. Counted: bytes of weights in use.
+
+    MB a step     weights that a denoising forward reads if it reads each expert in use once, and all else once
+    of roofline   the least time in which this machine can read those weights or do the multiplications, as measured in
+                  the same run, as a share of the time taken; attention's own products are left out
+    compile       the first decoding, less one that is warm: from empty caches, and from the caches that this left. The
+                  expert kernel is built once a process: the first of its ways pays for it
+    peak          resident memory of the process while a way decodes; all ways share the model's weights
+    context       what the decoding context itself takes of a forward, and the expert outputs that it keeps
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import TYPE_CHECKING, Any, Literal
+
+from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table
+from dmoe_compile.config import check_int
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from rich.table import Table
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from dmoe_compile.bench.stacks import Script, Stack
+    from dmoe_compile.decoding import Decoder, Forward
+    from dmoe_compile.passes.team import Options
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model runs: what compiles it, which experts of transformers it has, and options of our backend."""
+
+    compiler: Literal["none", "inductor", "dmoe"] = "dmoe"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    experts: str = "grouped_mm"
+
+    @property
+    def team(self) -> bool:
+        return "team" in self.options.get("passes", ())
+
+
+def _team(*strategies: str, **options: Any) -> Way:
+    chosen = {f"team.{each}": each in strategies for each in ("cache", "limit", "speculate")}
+    return Way(options={"passes": ["team"], **chosen, **options})
+
+
+_P6, _P8 = ({"dmoe.top_p": p} for p in (0.6, 0.8))
+BASELINE, KERNEL = "inductor", "kernel"
+WAYS = {
+    "eager": Way("none"),
+    "inductor loop": Way("inductor", experts="eager"),
+    BASELINE: Way("inductor"),
+    KERNEL: Way(),
+    "dmoe 0.8": Way(options={"passes": ["dmoe"], **_P8}),
+    "dmoe 0.6": Way(options={"passes": ["dmoe"], **_P6}),
+    "des vote": Way(options={"passes": ["des"], "des.variant": "vote"}),
+    "cover 0.7": Way(options={"passes": ["cover"], "cover.mass": 0.7}),
+    "team": _team("cache", "limit", "speculate"),
+    "team + dmoe 0.6": Way(options={"passes": ["team", "dmoe"], **_P6}),
+    "team + dmoe 0.6 one row": Way(options={"passes": ["team", "dmoe"], "team.speculate": False, **_P6}),
+}
+STRATEGIES = {
+    "cache": _team("cache"),
+    "limit": _team("limit"),
+    "speculate": _team("speculate"),
+    "team two rows": _team("cache", "limit", "speculate", **{"team.candidates": 1}),
+}
+# Way, against the baseline, what is compared, and how many times as fast it should be.
+GOALS = (
+    (KERNEL, "s_per_step", 1.8),
+    ("dmoe 0.6", "s_per_step", 3.5),
+    ("team + dmoe 0.6", "s_per_token", 5.0),
+    ("team + dmoe 0.6 one row", "s_per_token", 5.0),
+)
+RECORDED = "recorded"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is decoded, and how.
+
+    Attributes:
+        shapes: names of stacks.STACKS.
+        ways: of WAYS and STRATEGIES.
+        memory_gib: as many layers are built as fit into it.
+        layers: so many instead.
+        blocks: of an answer.
+        prompt: its tokens.
+        repeats: timed decodings of each way.
+        tokens_per_forward: assumed, without passes; the stack's own if None.
+        dtype: auto is bfloat16 where the CPU multiplies it.
+        recorded: instead of a stack, the recorded SDAR weights: tests/reference/sdar_tiny_weights.json; routers and
+            confidences are its own then.
+        threads: of the CPU; torch's own choice if None.
+        seed: of weights and script.
+    """
+
+    shapes: tuple[str, ...] = ()
+    ways: tuple[str, ...] = tuple(WAYS)
+    memory_gib: float = 12.0
+    layers: int | None = None
+    blocks: int = 2
+    prompt: int = 64
+    repeats: int = 3
+    tokens_per_forward: float | None = None
+    dtype: str = "auto"
+    recorded: str | None = None
+    threads: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        from dmoe_compile.bench.stacks import STACKS
+
+        for what, names, known in (("shapes", self.shapes, STACKS), ("ways", self.ways, WAYS | STRATEGIES)):
+            for name in names:
+                if name not in known:
+                    raise ValueError(f"{what} has {name!r}, but must be of: {'; '.join(known)}")
+        if not self.ways:
+            raise ValueError("ways is empty, but must name one at least")
+        for name in ("layers", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        check_int("blocks", self.blocks, "blocks of an answer")
+        check_int("prompt", self.prompt, "tokens before the answer")
+        check_int("repeats", self.repeats, "timed decodings of each way")
+        if not self.memory_gib > 0:
+            raise ValueError(f"memory_gib is {self.memory_gib}, but must be above 0")
+        if self.tokens_per_forward is not None and not self.tokens_per_forward >= 1:
+            raise ValueError(f"tokens_per_forward is {self.tokens_per_forward}, but must be at least 1")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}, but must be auto, float32 or bfloat16")
+        if self.recorded is not None and not Path(self.recorded).is_file():
+            raise ValueError(
+                f"recorded is {self.recorded}, but there is no such file; it is a .json in tests/reference"
+            )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One decoding: seconds of it all and in the context, forwards of it, bytes kept at most, tokens accepted."""
+
+    seconds: float
+    context_s: float
+    forwards: list[Forward]
+    nbytes: int
+    tokens: int
+
+    @property
+    def denoising(self) -> list[Forward]:
+        return [forward for forward in self.forwards if forward.committed is not None]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a forward has to read and multiply: bytes of an expert, of all else; parameters likewise; the machine."""
+
+    layers: int
+    top_k: int
+    expert_bytes: int
+    other_bytes: int
+    itemsize: int
+    gb_per_s: float
+    tflop_per_s: float
+
+    def floor_s(self, forward: Forward, unique: float) -> float:
+        """Return the least seconds of a forward that uses `unique` experts a layer."""
+        rows, candidates, length = forward.input_ids.shape
+        cached = 0 if forward.decoded is None else candidates * int(forward.decoded.sum())
+        tokens = rows * candidates * length
+        routed = self.layers * self.top_k * (tokens - cached) * self.expert_bytes
+        flop = 2 * (routed + tokens * self.other_bytes) / self.itemsize
+        return max(self.nbytes(unique) / self.gb_per_s / 1e9, flop / self.tflop_per_s / 1e12)
+
+    def nbytes(self, unique: float) -> float:
+        """Return the bytes of weights that such a forward reads."""
+        return self.layers * unique * self.expert_bytes + self.other_bytes
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """One model, and the prompt that all ways go on from."""
+
+    model: PreTrainedModel
+    settings: Settings
+    prompt: Tensor
+    mask: int
+    block_length: int
+    top_k: int
+    script: Script | None
+
+    def compiled(self, way: Way, **more: Any) -> Callable[..., Any]:
+        """Return a way's forward; `more` are further options of our backend."""
+        import torch
+
+        if way.compiler == "none":
+            return self.model.forward
+        # isolate_recompiles: each way has its own cache, though all compile the same code object.
+        if way.compiler == "inductor":
+            return torch.compile(self.model, isolate_recompiles=True)  # type: ignore[call-overload]
+        options = {**way.options, "block_length": self.block_length, **more}
+        return torch.compile(self.model, backend="dmoe", fullgraph=True, isolate_recompiles=True, options=options)  # type: ignore[call-overload]
+
+    def decode(self, way: Way, forward: Callable[..., Any]) -> Trial:
+        """Decode as a way does with its forward."""
+        from dmoe_compile import Config
+
+        self.model.set_experts_implementation(way.experts)
+        if self.script is not None:
+            forward = self.script.around(forward, self.block_length)
+            forward.dtype = self.model.dtype  # type: ignore[attr-defined]
+        team = Config.from_options(way.options).selected.get("team")
+        return decode(forward, self.prompt, self.mask, self.settings.blocks, self.block_length, team)
+
+
+@dataclass
+class _Found:
+    """What was found of a way: its forward, unique experts of each forward of a decoding, times and memory."""
+
+    forward: Callable[..., Any]
+    unique: list[float]
+    cold_s: float
+    warm_s: float
+    trials: list[Trial] = field(default_factory=list)
+    resident: list[int] = field(default_factory=list)
+
+
+def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
+    """Decode in every way and return a row for each."""
+    import torch
+
+    from dmoe_compile.bench.stacks import STACKS
+
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    shapes = [RECORDED] if settings.recorded else list(settings.shapes or STACKS)
+    bar = Bar(progress, total=len(shapes) * (len(settings.ways) + 1) * (settings.repeats + 1))
+    rows = []
+    for shape in shapes:
+        rows += _rows(shape, settings, bar)
+        torch._dynamo.reset()  # compiled code keeps weights, and two stacks may not fit
+        gc.collect()
+    return rows
+
+
+def _rows(shape: str, settings: Settings, bar: Bar) -> list[Row]:
+    import torch
+
+    from dmoe_compile.bench import stacks
+    from dmoe_compile.machine import bandwidth, peak
+
+    bar.say(f"{shape}: build the model")
+    bench = _bench(shape, settings)
+    layers = len(stacks.layers_of(bench.model))
+    with stacks.unique_experts(bench.model) as used:
+        bench.decode(Way("none"), bench.model.forward)
+    own = [mean(used[i : i + layers]) for i in range(0, len(used), layers)]
+    bar.advance()
+    found: dict[str, _Found] = {}
+    for name in settings.ways:
+        bar.say(f"{shape}: compile {name}")
+        found[name] = _compile(bench, (WAYS | STRATEGIES)[name], own)
+        bar.advance()
+    speeds, peaks = [], []
+    names = list(found)
+    for turn in range(settings.repeats):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            bar.say(f"{shape}: decode {turn + 1} of {settings.repeats}: {name}")
+            with _resident_peak(found[name].resident):
+                found[name].trials.append(bench.decode((WAYS | STRATEGIES)[name], found[name].forward))
+            bar.advance()
+        speeds.append(bandwidth(torch.device("cpu")))
+        peaks.append(peak(torch.device("cpu"), bench.model.dtype))
+        bar.advance()
+    whole = sum(each.nbytes for each in bench.model.parameters())
+    one = stacks.expert_bytes(bench.model)
+    other = whole - layers * len(stacks.layers_of(bench.model)[0].mlp.experts.down_proj) * one
+    costs = Costs(layers, bench.top_k, one, other, bench.model.dtype.itemsize, median(speeds), median(peaks))
+    about = asdict(settings) | environment() | asdict(costs)  # in this order: threads=None becomes what ran
+    about |= {
+        "shape": shape,
+        "dtype": str(bench.model.dtype).removeprefix("torch."),
+        "assumed": bench.script is not None,
+    }
+    about["block_length"] = bench.block_length
+    return [about | _row(name, each, costs) for name, each in found.items()]
+
+
+def _compile(bench: _Bench, way: Way, own: list[float]) -> _Found:
+    """Compile a way twice, without and with what the first time left in caches, and count its experts.
+
+    Args:
+        bench: the model.
+        way: how it runs.
+        own: unique experts of every forward by the model's own routing.
+    """
+    from torch._inductor.utils import clear_caches, fresh_cache
+
+    with fresh_cache():
+        cold = bench.decode(way, bench.compiled(way))
+        clear_caches()
+        forward = bench.compiled(way)
+        warm = bench.decode(way, forward)
+        if way.options:
+            counted = bench.decode(way, bench.compiled(way, stats=True))
+            own = [mean(each.unique_experts.values()) for each in counted.forwards]
+    return _Found(forward, own, cold.seconds, warm.seconds)
+
+
+def _bench(shape: str, settings: Settings) -> _Bench:
+    import torch
+
+    from dmoe_compile.bench import stacks
+
+    if shape == RECORDED:
+        assert settings.recorded is not None
+        model, mask = stacks.recorded(Path(settings.recorded))
+        prompt = _prompt(settings, mask)
+        return _Bench(model, settings, prompt, mask, 32, model.config.num_experts_per_tok, None)
+    stack = stacks.STACKS[shape]
+    fast = torch.cpu._is_avx512_bf16_supported()
+    dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
+    layers = settings.layers or stacks.layers_that_fit(stack, settings.memory_gib * 2**30, dtype)
+    columns = settings.prompt + (settings.blocks + 1) * stack.block_length
+    model = stacks.build(stack, layers, columns, dtype, settings.seed)
+    mask = stacks.VOCABULARY - 1
+    prompt = _prompt(settings, mask)
+    script = scripted(stack, settings, prompt)
+    return _Bench(model, settings, prompt, mask, stack.block_length, stack.top_k, script)
+
+
+def _prompt(settings: Settings, mask: int) -> Tensor:
+    import torch
+
+    return torch.randint(0, mask, (1, settings.prompt), generator=torch.Generator().manual_seed(settings.seed))
+
+
+def scripted(stack: Stack, settings: Settings, prompt: Tensor) -> Script:
+    """Return the script with which decoding without passes accepts as many tokens a forward as assumed."""
+    from dmoe_compile.bench import stacks
+
+    wanted = settings.tokens_per_forward or stack.tokens_per_forward
+    length = stack.block_length
+
+    def accepted(script: Script) -> float:
+        trial = decode(script.around(None, length), prompt, script.mask, settings.blocks, length, None)
+        return trial.tokens / len(trial.denoising)
+
+    return stacks.calibrated(settings.prompt + (settings.blocks + 1) * length, settings.seed, wanted, accepted)
+
+
+def decode(
+    forward: Callable[..., Any], prompt: Tensor, mask: int, blocks: int, block_length: int, team: Options | None
+) -> Trial:
+    """Decode `blocks` blocks behind a prompt [1, S]; the first may begin with the prompt's tail."""
+    from dmoe_compile.bench.stacks import THRESHOLD
+    from dmoe_compile.decoding import Decoder, Sampling
+
+    forwards: list[Forward] = []
+    kept = 0
+
+    def watch(forward: Forward) -> None:
+        nonlocal kept
+        kept = max(kept, decoder.context.nbytes)
+        forwards.append(forward)
+
+    new = blocks * block_length - prompt.shape[1] % block_length
+    sampling = Sampling(mask, block_length, steps=block_length, threshold=THRESHOLD)
+    decoder = Decoder(forward, prompt, [prompt.shape[1]], new, sampling, team, None, watch)
+    with _timed(decoder) as spent:
+        start = time.perf_counter()
+        for _ in decoder.blocks():
+            pass
+        seconds = time.perf_counter() - start
+    return Trial(seconds, sum(spent), forwards, kept, new)
+
+
+@contextmanager
+def _timed(decoder: Decoder) -> Iterator[list[float]]:
+    """Give the seconds that the decoding context takes of a decoding, call by call."""
+    spent: list[float] = []
+
+    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                spent.append(time.perf_counter() - start)
+
+        return call
+
+    context = decoder.context
+    for name in ("step", "accept", "plain", "rows", "roles", "inputs", "done", "count", "attach", "detach"):
+        setattr(context, name, timed(getattr(context, name)))
+    yield spent
+
+
+@contextmanager
+def _resident_peak(peaks: list[int]) -> Iterator[None]:
+    """Add to `peaks` the most bytes that this process has resident inside; nothing where the system does not say."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        yield
+        return
+    reset.write_text("5")  # the peak begins anew: proc(5)
+    yield
+    (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("VmHWM"))
+    peaks.append(int(line.split()[1]) * 1024)
+
+
+def _row(name: str, found: _Found, costs: Costs) -> Row:
+    trial = found.trials[0]
+    seconds = median(each.seconds for each in found.trials)
+    steps = len(trial.denoising)
+    pairs = list(zip(trial.forwards, found.unique, strict=True))
+    unique = [each for forward, each in pairs if forward.committed is not None]
+    eager = (WAYS | STRATEGIES)[name].compiler == "none"
+    return {
+        "way": name,
+        "team": (WAYS | STRATEGIES)[name].team,
+        "tokens": trial.tokens,
+        "steps": steps,
+        "tokens_per_step": trial.tokens / steps,
+        "unique_experts": mean(unique),
+        "expert_bytes_per_token": costs.layers * sum(unique) * costs.expert_bytes / trial.tokens,
+        "bytes_per_step": mean(costs.nbytes(each) for each in unique),
+        "wall_s": [each.seconds for each in found.trials],
+        "s_per_step": seconds / steps,
+        "s_per_token": seconds / trial.tokens,
+        "of_roofline": sum(costs.floor_s(*each) for each in pairs) / seconds,
+        "compile_cold_s": None if eager else max(0.0, found.cold_s - seconds),
+        "compile_warm_s": None if eager else max(0.0, found.warm_s - seconds),
+        "peak_bytes": max(found.resident, default=None),
+        "context_share": median(each.context_s / each.seconds for each in found.trials),
+        "context_bytes": max(each.nbytes for each in found.trials),
+    }
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Return the rows of one shape as a table."""
+    first = rows[0]
+    base = next((row for row in rows if row["way"] == BASELINE), first)
+    out = narrow_table(
+        *("", "ms/step", "", "ms/token", "", "experts", "MB/step", "of roofline", "compile s", "peak GB"),
+        title=(
+            f"{first['shape']}: {first['layers']} layers, {first['dtype']}, blocks of {first['block_length']}; times "
+            f"faster than {base['way']}"
+        ),
+    )
+    for row in rows:
+        compiled = "" if row["compile_cold_s"] is None else f"{row['compile_cold_s']:.0f}, {row['compile_warm_s']:.0f}"
+        out.add_row(
+            row["way"], f"{row['s_per_step'] * 1e3:.3g}", f"{base['s_per_step'] / row['s_per_step']:.2f}x",
+            f"{row['s_per_token'] * 1e3:.3g}", f"{base['s_per_token'] / row['s_per_token']:.2f}x",
+            f"{row['unique_experts']:.1f}", f"{row['bytes_per_step'] / 1e6:.0f}", f"{row['of_roofline']:.0%}", compiled,
+            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}",
+        )  # fmt: skip
+    return out
+
+
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what a shape's table leaves out: assumptions, goals, contexts, the machine."""
+    ways = {row["way"]: row for row in rows}
+    first = rows[0]
+    per_step = {row["tokens_per_step"] for row in rows if not row["team"]}
+    tokens = ", ".join(f"{each:.2f}" for each in sorted(per_step))
+    if per_step:
+        yield f"tokens a step: {tokens} without team, {'assumed' if first['assumed'] else 'by its own confidences'}"
+    for row in rows:
+        if row["team"]:
+            less = next((each for each in rows if each["way"] == BASELINE), first)["expert_bytes_per_token"]
+            yield (
+                f"{row['way']}: {row['tokens_per_step']:.2f} tokens a step, "
+                f"{less / row['expert_bytes_per_token']:.2f}x fewer expert bytes a token; context "
+                f"{row['context_share']:.2%} of the time, {row['context_bytes'] / 1e6:.2f} MB"
+            )
+    if BASELINE in ways:
+        for way, what, goal in GOALS:
+            if way in ways:
+                gain = ways[BASELINE][what] / ways[way][what]
+                unit = "a step" if what == "s_per_step" else "an accepted token"
+                yield f"goal: {way} {goal:g}x {unit}: {gain:.2f}x, {'reached' if gain >= goal else 'missed'}"
+    yield f"{describe(first)}; reads {first['gb_per_s']:.3g} GB/s, multiplies {first['tflop_per_s']:.3g} TFLOP/s"
+
+
+def by_shape(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows of run() shape by shape."""
+    return [[row for row in rows if row["shape"] == shape] for shape in dict.fromkeys(row["shape"] for row in rows)]
