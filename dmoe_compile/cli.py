@@ -1,4 +1,4 @@
-"""The `dmoe` command: dmoe demo, explain, generate, eval, pareto, bench.
+"""The `dmoe` command: dmoe demo, doctor, explain, generate, eval, pareto, bench.
 
 Exit codes: 0 done; 1 a check failed, such as a coreset of all experts that changed a token; 2 what was asked
 for can't be done, with one line on standard error that says why.
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Mixture-of-experts routing for diffusion language models, as torch.compile passes.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # errors in plain lines, not in a box
 )
@@ -68,6 +67,18 @@ def demo(
     show(result.table(), result.rows(), json, result.remarks())
     if not result.tokens_equal:
         fail("a coreset of all experts changed the tokens; please report it with the JSON lines of --json")
+
+
+@app.command()
+def doctor(json: Json = None) -> None:
+    """Show what this installation has, what would be used, and what is missing."""
+    with usage_errors(json):
+        from dmoe_compile import doctor as examination
+
+        findings = examination.examine()
+    show(examination.table(findings), examination.rows(findings), json)
+    if missing := [each.what for each in findings if each.verdict == "missing"]:
+        fail(f"missing: {', '.join(missing)}; see above")
 
 
 @app.command()

@@ -172,8 +172,13 @@ class Decoder:
         }  # fmt: skip
         self.header: Row = json.loads(json.dumps(header))  # as a file gives it back
         self._block_length = length
+        # Each has a cache of its own: Dynamo counts what was compiled of a model's code, and gives up at a limit.
+        alone: Any = {"isolate_recompiles": True}
+        self._counts = config is not None
         self._compiled: Any = (
-            torch.compile(loaded) if config is None else backend.compile(loaded, replace(config, stats=True))
+            torch.compile(loaded, **alone)
+            if config is None
+            else backend.compile(loaded, replace(config, stats=True), **alone)
         )
 
     def decode(self, group: Sequence[Problem]) -> Row:
@@ -203,6 +208,11 @@ class Decoder:
             max_new_tokens=self._settings.max_new_tokens, trace=count,
         )  # fmt: skip
         seconds = time.perf_counter() - start
+        if self._counts and self.header["expert_bytes"] and not unique:
+            raise RuntimeError(
+                "no expert was counted: Dynamo has given up compiling this model, and its warning says why; "
+                "TORCH_LOGS=recompiles shows more"
+            )
         texts = [words.decode(answer, skip_special_tokens=True) for answer in result.answers]
         return {
             "kind": "batch",

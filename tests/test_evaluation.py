@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from dmoe_compile import Config, evaluation, pareto
+from dmoe_compile import Config, decoding, evaluation, pareto
 from dmoe_compile.evaluation import Run, Settings, compare, evaluate, summary
+from test_backend import ATEN
 
 SMALL = Settings(problems=5, max_new_tokens=32, threshold=0.004)
 
@@ -67,6 +70,35 @@ def test_a_batch_decodes_the_same_answers(run: tuple[Run, Path], untrained: str)
     assert len(together) == 2
     assert together[1]["skills"] == [line["skills"][0] for line in lines[1:]]
     assert summary(together).problems == 5
+
+
+@pytest.fixture
+def limit(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let Dynamo compile three graphs of a model's code, of which a run takes two, and no more."""
+    monkeypatch.setattr(decoding, "_RECOMPILE_LIMIT", 3)
+    with torch._dynamo.config.patch(recompile_limit=3):
+        yield
+
+
+def covered(folder: str, mass: float) -> Run:
+    config = Config.from_options({"passes": ["cover"], "cover.mass": mass, "experts": False, **ATEN})
+    return evaluate(folder, config, Settings(problems=1, threshold=0.004))
+
+
+@pytest.mark.usefixtures("limit")
+def test_what_other_runs_compiled_does_not_count(untrained: str) -> None:
+    for mass in (0.5, 0.6):
+        assert summary(covered(untrained, mass)).unique_mean >= 8
+
+
+@pytest.mark.usefixtures("limit")
+def test_a_run_that_dynamo_gave_up_is_no_result(untrained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = evaluation.backend.compile
+    shared = lambda model, config, **_: compiled(model, config)  # noqa: E731  # in the cache that all runs share
+    monkeypatch.setattr(evaluation.backend, "compile", shared)
+    covered(untrained, 0.5)
+    with pytest.raises(RuntimeError, match="no expert was counted: Dynamo has given up compiling this model"):
+        covered(untrained, 0.6)
 
 
 def lines(right: list[bool], **header: object) -> Run:
