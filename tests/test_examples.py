@@ -13,7 +13,7 @@ SAYS = {
     "decode.py": ("no pass: ", "team+cover: ", "Answer: 9", "committed"),
     "any_model.py": ("model.layers.1.mlp", "rewritten"),
     "own_policy.py": ("no pass: ", "first_choices.size", "cover.mass"),
-    "diffusers_pipeline.py": ("1 3 5 7 9", "forwards; experts of the last"),
+    "diffusers_pipeline.py": ("38 40 43 59 77 99", "forwards; experts of the last"),
 }
 
 
