@@ -30,9 +30,9 @@ compiled = torch.compile(BlockDiffusion(model).eval(), backend="dmoe", options=o
 pipeline = LLaDA2Pipeline(model=compiled, scheduler=BlockRefinementScheduler(), tokenizer=tokenizer)
 with dmoe_compile.StepCallback(pipeline) as callback:
     out = pipeline(
-        "Write 43 38 40 99 77 59 in rising order. Solution:", use_chat_template=False, gen_length=32, block_length=BLOCK,
-        num_inference_steps=BLOCK, threshold=0.9, editing_threshold=None, mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id, callback_on_step_end=callback,
+        "Write 43 38 40 99 77 59 in rising order. Solution:", callback_on_step_end=callback, use_chat_template=False,
+        gen_length=32, block_length=BLOCK, num_inference_steps=BLOCK, threshold=0.9, editing_threshold=None,
+        mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
 print(out.texts[0])
 print(f"{len(callback.stats)} forwards; experts of the last: {callback.stats[-1].unique_experts}")

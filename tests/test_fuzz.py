@@ -1,0 +1,92 @@
+"""Random blocks through the passes: equal to the rule in loops, equal to plain Inductor with all experts, no state."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, note, settings
+from torch import Tensor
+from torch.testing import assert_close
+
+from fuzz import Block, Form, forms
+from reference_model import Rewriting
+from test_backend import ATEN
+
+# Experts are summed in another order, fp32, or rounded once more or less, bf16; sums are of unit size times the scale.
+TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.bfloat16: dict(rtol=2**-5, atol=2**-4)}
+ALL_EXPERTS = {"dmoe": {"dmoe.min_experts": 2**31}, "cover": {"cover.mass": 1.0, "cover.max_experts": None}}
+ALL_EXPERTS["des"] = {"des.keep": 2**31, "des.coreset_size": 2**31}
+
+
+class Heard(logging.Handler):
+    """Keeps this package's warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+    def __enter__(self) -> list[str]:
+        logging.getLogger("dmoe_compile").addHandler(self)
+        return self.said
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("dmoe_compile").removeHandler(self)
+
+
+def compiled(form: Form, backend: Any, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(Block(form), backend=backend, fullgraph=True, dynamic=form.dynamic, options=options or None)
+
+
+def rewritten(form: Form, **options: Any) -> tuple[tuple[Tensor, Tensor], Rewriting]:
+    """Run the rewritten graph operation by operation."""
+    backend = Rewriting(**{"passes": [], **form.options, **options, "experts": False})
+    return compiled(form, backend)(form.inputs(0)), backend
+
+
+def check(form: Form) -> None:
+    note(str(form))
+    x, block = form.inputs(0), Block(form)
+    own = block(x)
+    longest = form.options["max_block_tokens"]
+    restricted = bool(form.options["passes"]) and (longest is None or form.seq <= longest)
+    wanted = block.expected(x) if restricted else own
+    (out, ids), backend = rewritten(form)
+    assert [outcome.rewritten for outcome in backend.outcomes] == [restricted] * len(backend.outcomes)
+    assert len(backend.outcomes) == 1
+    assert torch.equal(ids.sort(-1).values, wanted[1].sort(-1).values)
+    assert_close(out, wanted[0], **TOLERANCE[form.dtype])
+    for name in form.options["passes"]:
+        same, _ = rewritten(form, **ALL_EXPERTS[name])
+        plain, _ = rewritten(form, passes=[])
+        assert all(map(torch.equal, same, plain))
+    with Heard() as said:
+        run = compiled(form, "dmoe", **form.options, **ATEN)
+        first, second = run(x), run(form.inputs(1))
+        again = run(x)
+    assert all(map(torch.equal, first, again))
+    assert not all(map(torch.equal, first, second)) or form.num_experts == form.top_k
+    assert torch.equal(first[1].sort(-1).values, wanted[1].sort(-1).values)
+    assert_close(first[0], wanted[0], **TOLERANCE[form.dtype])
+    assert len(said) == (bool(form.options["passes"]) and not restricted)  # one warning: it is left alone, and why
+
+
+@settings(max_examples=50)
+@given(forms())
+def test_random_blocks(form: Form) -> None:
+    with torch.no_grad():
+        check(form)
+
+
+@pytest.mark.nightly
+@settings(max_examples=500)
+@given(forms())
+def test_many_random_blocks(form: Form) -> None:
+    with torch.no_grad():
+        check(form)
