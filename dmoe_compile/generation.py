@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from dmoe_compile import backend
+from dmoe_compile import backend, loading
 from dmoe_compile.config import Config, check_int
 from dmoe_compile.decoding import Decoder, Forward, Sampling
 
@@ -145,6 +145,7 @@ def generate(
         raise ValueError(
             "the model is in training mode, where dropout and the like are random; call model.eval() first"
         )
+    loading.check_values(model)
     facts = _facts(model)
     stops = facts.get("eos_token_id") if eos_token_id is None else eos_token_id
     stops = stops.tolist() if isinstance(stops, Tensor) else stops
@@ -172,6 +173,7 @@ def generate(
             raise ValueError(
                 f"prompt {number} holds the mask token, {sampling.mask_token_id}, which decoding would fill in"
             )
+    _check_ids(model, prompts, sampling.mask_token_id)
     team = config.selected.get("team") if config is not None else None
     with _writer(trace) as write:
         seen = _Seen(write)
@@ -316,6 +318,18 @@ def _prompts(input_ids: Tensor, mask: Tensor | None, pad: int) -> tuple[Tensor, 
         if (each[1:] & ~each[:-1]).sum() + each[:1].sum() > 1:
             raise ValueError(f"attention_mask has a hole in row {number}: padding may stand before or after a prompt")
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad), [len(row) for row in rows]
+
+
+def _check_ids(model: Any, prompts: Tensor, mask_token_id: int) -> None:
+    """Raise ValueError for ids that the model has no embedding of."""
+    embed = getattr(model, "get_input_embeddings", None)
+    weight = getattr(embed() if embed is not None else None, "weight", None)
+    if weight is None:
+        return
+    for what, ids in (("input_ids", prompts), ("mask_token_id", torch.tensor([mask_token_id]))):
+        wrong = ids[(ids < 0) | (ids >= len(weight))]
+        if len(wrong):
+            raise ValueError(f"{what} holds {int(wrong[0])}, but the model has tokens 0 to {len(weight) - 1}")
 
 
 def _no_trace(_: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 VISION = {
     "model_type": "gemma4_vision",
@@ -139,6 +142,12 @@ def need_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     return found
 
 
+def check_values(model: Any) -> None:
+    """Raise ValueError where a module has weights on the meta device."""
+    if isinstance(model, torch.nn.Module) and any(weight.is_meta for weight in model.parameters()):
+        raise ValueError("the model has weights on the meta device, where they have no values: load them first")
+
+
 def _inputs(
     model: PreTrainedModel, batch: int, tokens: int, canvas_length: int | None, generator: torch.Generator
 ) -> dict[str, Tensor | bool]:
@@ -152,6 +161,7 @@ def _inputs(
 def _checkpoint(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
     """Load a folder as it lies on disk: no network, no pickle, no code of its own unless trusted."""
     import transformers
+    from safetensors import SafetensorError
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json; name the folder that save_pretrained() wrote")
@@ -167,9 +177,23 @@ def _checkpoint(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
         else:
             cls = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
         kwargs = local if remote else {"local_files_only": True}
-        return cls.from_pretrained(folder, config=config, use_safetensors=True, dtype="auto", **kwargs).eval()
-    except (AttributeError, OSError, ValueError) as error:
+        model, found = cls.from_pretrained(
+            folder, config=config, use_safetensors=True, dtype="auto", output_loading_info=True, **kwargs
+        )
+    except (AttributeError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"{folder} does not load: {_first_line(error)}") from error
+    _check_weights(folder, found)
+    return model.eval()
+
+
+def _check_weights(folder: Path, found: dict[str, Any]) -> None:
+    """Raise ValueError where config.json asks for weights that the files lack: transformers makes them up."""
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        way_out = "a file is missing, or config.json is another model's: copy the whole folder again"
+        raise ValueError(f"{folder} holds no weights for {missing[0]}{more}; {way_out}")
+    if others := sorted(found["unexpected_keys"]):
+        log.warning("%s holds weights that its config.json does not speak of, such as %s", folder, others[0])
 
 
 def _tiny(model_type: str, seed: int) -> tuple[PreTrainedModel, str]:

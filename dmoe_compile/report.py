@@ -12,7 +12,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
-from dmoe_compile import auto_prepare, backend
+from dmoe_compile import auto_prepare, backend, loading
 from dmoe_compile.config import Config
 from dmoe_compile.passes.constrain import Outcome
 from dmoe_compile.passes.cost import formula
@@ -140,7 +140,11 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
         verify: also compile the model twice and compare a coreset of all experts with no pass, bit for bit.
             A model that changes its inputs (a cache that grows) must get inputs without them.
         **kwargs: its keyword inputs.
+
+    Raises:
+        ValueError: for weights on the meta device: what is counted takes values.
     """
+    loading.check_values(model)
     config = config or Config(passes=("dmoe",))
     if config.experts is True:  # what can't be fused is said, no error
         config = replace(config, experts="auto")

@@ -230,11 +230,15 @@ class Block(nn.Module):
         return inside
 
     def _best(self, scores: Tensor, inside: Tensor) -> Tensor:
-        """Return the k experts of one token [E]: of the coreset, those in its groups first."""
+        """Return the k experts of one token [E]: of the coreset, those in its groups first.
+
+        Groups are compared by their experts in the coreset, unless the method promises something about the model's own
+        choice, which then stays in its own groups.
+        """
         if self.form.groups is None:
             return self.select(scores.masked_fill(~inside, -torch.inf))
         count, kept = self.form.groups
-        low = scores.double() - 1000.0 * ~inside
+        low = scores.double() - (0.0 if "cover" in self.form.options["passes"] else 1000.0) * ~inside
         groups = low.view(count, -1).topk(2).values.sum(-1).topk(kept).indices
         chosen = torch.zeros(count, 1).index_fill(0, groups, 1).expand(count, len(scores) // count).reshape(-1).bool()
         order = scores.double() + 1000.0 * chosen

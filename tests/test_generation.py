@@ -158,6 +158,9 @@ def test_the_models_own_tokens_are_found(model: PreTrainedModel) -> None:
         ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "attention_mask has a hole in row 0"),
         ({"input_ids": torch.ones(4, dtype=torch.int64)}, r"input_ids is int64\[4\], but must be int64\[B, S\]"),
         ({"input_ids": torch.tensor([[1, MASK, 3]])}, "prompt 0 holds the mask token, 127"),
+        ({"input_ids": torch.tensor([[1, 128]])}, "input_ids holds 128, but the model has tokens 0 to 127"),
+        ({"input_ids": torch.tensor([[1, -1]])}, "input_ids holds -1, but the model has tokens 0 to 127"),
+        ({"mask_token_id": 128}, "mask_token_id holds 128, but the model has tokens 0 to 127"),
         (
             {"config": Config(passes=("dmoe",)), "block_length": 8},
             "block_length=8, but the passes vote in blocks of 32",

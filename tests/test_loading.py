@@ -76,3 +76,46 @@ def test_code_in_a_folder_is_not_run_unless_trusted(checkpoint):
 def test_a_folder_without_a_config_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no config\.json"):
         loading.load(str(tmp_path))
+
+
+def test_half_a_file_is_no_checkpoint(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"does not load: .*incomplete metadata, file not fully covered"):
+        loading.load(str(checkpoint))
+
+
+def test_a_missing_shard_is_said(checkpoint):
+    loading.load("mixtral").model.save_pretrained(checkpoint, max_shard_size="100KB")
+    checkpoint.joinpath("model.safetensors").unlink()
+    first = sorted(checkpoint.glob("model-*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(ValueError, match=f"does not load: .*{first.name}"):
+        loading.load(str(checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_hidden_layers": 3},
+            r"holds no weights for model\.layers\.2\..* and \d+ more; a file is missing, or con",
+        ),
+        ({"num_local_experts": 4}, "does not load: .*mismatched_sizes"),
+        ({"hidden_size": 32, "head_dim": 8}, "does not load: .*mismatched_sizes"),
+    ],
+    ids=str,
+)
+def test_weights_are_never_made_up(checkpoint, changes, message):
+    """Of what config.json asks for and the files don't have, transformers makes weights up, and says so in a table."""
+    config = json.loads(checkpoint.joinpath("config.json").read_text())
+    checkpoint.joinpath("config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message):
+        loading.load(str(checkpoint))
+
+
+def test_weights_that_the_config_does_not_speak_of_are_said(checkpoint, caplog):
+    config = json.loads(checkpoint.joinpath("config.json").read_text())
+    checkpoint.joinpath("config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    loading.load(str(checkpoint))
+    assert "weights that its config.json does not speak of, such as model.layers.1." in caplog.text
