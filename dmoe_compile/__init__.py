@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from dmoe_compile.runtime import RoutingStats as RoutingStats
     from dmoe_compile.runtime import routing_stats as routing_stats
 
-__version__ = "0.1.0"
+    __version__: str
+
 _HOME = {
     "Config": "config",
     "Denoising": "context",
@@ -74,6 +75,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dmoe-compile")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
