@@ -60,23 +60,26 @@ def greedy(ids: Tensor, weights: Tensor, voting: Tensor, num_experts: int, mass:
     every token has what it needs, with the same result.
     """
     blocks, tokens, _ = ids.shape
-    given = torch.where(voting.unsqueeze(-1), weights.float(), 0)
-    left = torch.zeros(blocks, tokens, num_experts, device=ids.device).scatter(-1, ids, given)  # of experts not chosen
-    popular = left.sum(1)
-    need = mass * given.sum(-1, keepdim=True)
+    dtype = torch.float32 if ids.device.type == "mps" else torch.float64  # as the kernel counts; Metal has no more
+    given = torch.where(voting.unsqueeze(-1), weights.to(dtype), 0).transpose(1, 2)  # [N, k, L]
+    # Tokens come last: rows are all summed in one order, so that experts that serve the same stay equal.
+    left = torch.zeros(blocks, num_experts, tokens, dtype=dtype, device=ids.device)  # of experts not chosen
+    left = left.scatter(1, ids.transpose(1, 2), given)
+    popular = left.sum(-1)
+    need = mass * given.sum(1, keepdim=True)
     least = _SERVED * need
     inside = torch.zeros(blocks, num_experts, dtype=torch.bool, device=ids.device)
     for _ in range(min(max_experts, num_experts)):
-        gains = torch.minimum(left, need).sum(1)
+        gains = torch.minimum(left, need).sum(-1)
         gain = gains.amax(-1, keepdim=True)
         best = torch.where(gains == gain, popular, -1).argmax(-1, keepdim=True)
         if ids.device.type == "cpu" and not (gain > 0).any():
             break
         inside |= torch.zeros_like(inside).scatter(-1, best, gain > 0)
-        column = best.unsqueeze(1).expand(blocks, tokens, 1)
-        need = need - left.gather(-1, column)
+        row = best.unsqueeze(-1).expand(blocks, 1, tokens)
+        need = need - left.gather(1, row)
         need = torch.where(need > least, need, 0)
-        left = left.scatter(-1, column, 0)
+        left = left.scatter(1, row, 0)
     return inside
 
 

@@ -202,6 +202,7 @@ class Block(nn.Module):
         rows = biased.reshape(-1, self.form.num_experts)
         own = self.select(self.group_mask(biased)).reshape(-1, self.form.top_k)
         weights = self.weigh(scores, own.view(*scores.shape[:-1], -1)).reshape(own.shape)
+        weights = weights.to(self.form.dtype)  # as the experts are weighed
         inside = self._coresets(rows, own, weights)
         ids = torch.stack([self._best(*each) for each in zip(rows, inside, strict=True)])
         return self.finish(x, scores, ids.view(*scores.shape[:-1], -1))

@@ -184,13 +184,20 @@ def test_explain_exits_with_1_when_the_identity_is_broken(explained):
     assert "changed the model's output" in result.stderr
 
 
+KERNEL = [  # a run of one problem
+    {"kind": "run", "num_experts": 64, "expert_bytes": {}},
+    {"right": [True], "skills": ["sorting"], "unique": {"a": {"9": 1}}, "tokens": 4, "forwards": {"denoise": 1}}
+    | {"seconds": 0.5},
+]
+
+
 @pytest.mark.parametrize(("tokens_equal", "exit_code"), [(True, 0), (False, 1)])
 def test_demo_exits_with_1_when_tokens_differ(monkeypatch, tmp_path, tokens_equal, exit_code):
     seen = []
 
     def run(settings, progress):
         seen.append(settings)
-        return demo.Result(settings, environment(), [], {}, tokens_equal)
+        return demo.Result(settings, environment(), [], {"kernel": KERNEL}, tokens_equal)
 
     monkeypatch.setattr(demo, "run", run)
     path = tmp_path / "out.jsonl"
@@ -198,7 +205,8 @@ def test_demo_exits_with_1_when_tokens_differ(monkeypatch, tmp_path, tokens_equa
     assert result.exit_code == exit_code
     assert seen == [demo.Settings(problems=3, seed=5, threads=1)]
     assert ("changed the tokens" in result.stderr) is not tokens_equal
-    assert json.loads(path.read_text())["tokens_equal"] is tokens_equal
+    assert json.loads(path.read_text().splitlines()[-1])["tokens_equal"] is tokens_equal
+    assert "experts: of 64" in result.stdout
 
 
 @pytest.mark.parametrize(("tokens_equal", "exit_code"), [(True, 0), (False, 1)])
