@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -112,6 +113,30 @@ def layer(
     with progress_bar() as progress:
         rows = figure.run(settings, progress)
     show(figure.table(rows), rows, json, figure.remarks(rows))
+
+
+@app.command()
+def scaling(
+    picture: Annotated[Path, typer.Argument(help="Where the picture goes, without its suffix: .png and .svg.")],
+    shape: Annotated[str, typer.Option(help="A published model.")] = "LLaDA2.0-mini",
+    calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 10,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of weights and states.")] = "bfloat16",
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """A decoder layer's time against experts in use, tokens and sequences, with its roofline: a table and a picture."""
+    with usage_errors(json):
+        from dmoe_compile.bench import require_compiler, require_packages
+        from dmoe_compile.bench import scaling as figure
+
+        require_compiler()
+        require_packages("eval", "matplotlib")
+        settings = figure.Settings(shape, calls=calls, dtype=dtype, threads=threads)
+        if not picture.parent.is_dir():
+            raise ValueError(f"{picture}: there is no folder {picture.parent}; make it first")
+    with progress_bar() as progress:
+        rows = figure.run(settings, progress)
+    show(figure.table(rows), rows, json, [*figure.remarks(rows), *map(str, figure.draw(rows, picture))])
 
 
 @app.command("diffusion-gemma")

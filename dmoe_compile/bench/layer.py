@@ -127,8 +127,8 @@ def _rows(name: str, settings: Settings, bar: Bar) -> list[Row]:
     return found
 
 
-def build(widths: dict[str, int], dtype: torch.dtype) -> tuple[Any, Tensor]:
-    """Return transformers' layer behind cached tokens, and a block of hidden states [1, T, H]."""
+def build(widths: dict[str, int], dtype: torch.dtype, tokens: int = TOKENS, batch: int = 1) -> tuple[Any, Tensor]:
+    """Return transformers' layer behind cached tokens, and blocks of hidden states [B, T, H]."""
     import torch
     from torch import nn
     from transformers import DynamicCache, Qwen3MoeConfig
@@ -154,7 +154,7 @@ def build(widths: dict[str, int], dtype: torch.dtype) -> tuple[Any, Tensor]:
 
         def forward(self, x: Tensor) -> Tensor:
             cache = DynamicCache()
-            keys, values = self.kept.unbind(0)
+            keys, values = self.kept.expand(-1, len(x), -1, -1, -1).unbind(0)
             cache.update(keys, values, 0)
             positions = torch.arange(CACHED, CACHED + x.shape[1]).unsqueeze(0)
             out: Any = self.layer(
@@ -168,7 +168,7 @@ def build(widths: dict[str, int], dtype: torch.dtype) -> tuple[Any, Tensor]:
     for parameter in layer.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return layer, torch.randn(1, TOKENS, widths["hidden_size"]).to(dtype)
+    return layer, torch.randn(batch, tokens, widths["hidden_size"]).to(dtype)
 
 
 def routing(block: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[[], Any]:
