@@ -85,8 +85,9 @@ def test_random_blocks(form: Form) -> None:
 
 
 @pytest.mark.nightly
-@settings(max_examples=500)
-@given(forms())
-def test_many_random_blocks(form: Form) -> None:
+@pytest.mark.parametrize("part", range(5))
+@settings(max_examples=100)
+@given(form=forms())
+def test_many_random_blocks(part: int, form: Form) -> None:
     with torch.no_grad():
         check(form)
