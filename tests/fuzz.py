@@ -139,10 +139,12 @@ class Block(nn.Module):
         scores, biased = self.scores(x)
         return self.finish(x, scores, self.select(self.group_mask(biased)))
 
-    def scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(self, x: Tensor, nudge: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return scores, and what the selection ranks; [T, E] or [B, S, E]."""
         form = self.form
         logits = F.linear((x if form.rank3 else x.reshape(-1, form.hidden)).float(), self.gate.float())
+        if nudge is not None:
+            logits = logits * nudge.view(logits.shape)
         scores = {"softmax": lambda: logits.softmax(-1), "sigmoid": logits.sigmoid, "logits": lambda: logits}[
             form.score
         ]()
@@ -195,10 +197,25 @@ class Block(nn.Module):
         each = torch.bmm(down[ids.reshape(-1)], F.silu(gate) * up).view(*ids.shape, -1)
         return (each * weights.unsqueeze(-1)).sum(1)
 
+    def is_close(self, x: Tensor) -> bool:
+        """Say whether some choice hangs on less than fp32 rounds: compiled code may round logits otherwise."""
+        generator = torch.Generator().manual_seed(0)
+        wanted = self.expected(x)[1].sort(-1).values
+        for _ in range(8):
+            nudge = 1 + 1e-6 * torch.randn(self.form.batch * x.shape[1] * self.form.num_experts, generator=generator)
+            if not torch.equal(self.expected(x, nudge)[1].sort(-1).values, wanted):
+                return True
+        return False
+
     @torch.no_grad()
-    def expected(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what forward() must give once the method of the form's options has chosen coresets."""
-        scores, biased = self.scores(x)
+    def expected(self, x: Tensor, nudge: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what forward() must give once the method of the form's options has chosen coresets.
+
+        Args:
+            x: hidden states [B, S, H].
+            nudge: what logits are multiplied by, T*E values; None leaves them.
+        """
+        scores, biased = self.scores(x, nudge)
         rows = biased.reshape(-1, self.form.num_experts)
         own = self.select(self.group_mask(biased)).reshape(-1, self.form.top_k)
         weights = self.weigh(scores, own.view(*scores.shape[:-1], -1)).reshape(own.shape)

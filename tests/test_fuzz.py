@@ -72,8 +72,11 @@ def check(form: Form) -> None:
         again = run(x)
     assert all(map(torch.equal, first, again))
     assert not all(map(torch.equal, first, second)) or form.num_experts == form.top_k
-    assert torch.equal(first[1].sort(-1).values, wanted[1].sort(-1).values)
-    assert_close(first[0], wanted[0], **TOLERANCE[form.dtype])
+    if torch.equal(first[1].sort(-1).values, wanted[1].sort(-1).values):
+        assert_close(first[0], wanted[0], **TOLERANCE[form.dtype])
+    else:
+        assert restricted
+        assert block.is_close(x)
     assert len(said) == (bool(form.options["passes"]) and not restricted)  # one warning: it is left alone, and why
 
 
