@@ -23,15 +23,14 @@ Measured: seconds, unique experts, forwards, bytes kept, resident memory. Counte
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, Literal
 
 from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table
+from dmoe_compile.bench.decoded import Costs, Trial, decode, resident_peak
 from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dmoe_compile.bench.stacks import Script, Stack
-    from dmoe_compile.decoding import Decoder, Forward
-    from dmoe_compile.passes.team import Options
 
 
 @dataclass(frozen=True)
@@ -155,47 +152,6 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One decoding: seconds of it all and in the context, forwards of it, bytes kept at most, tokens accepted."""
-
-    seconds: float
-    context_s: float
-    forwards: list[Forward]
-    nbytes: int
-    tokens: int
-
-    @property
-    def denoising(self) -> list[Forward]:
-        return [forward for forward in self.forwards if forward.committed is not None]
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a forward has to read and multiply: bytes of an expert, of all else; parameters likewise; the machine."""
-
-    layers: int
-    top_k: int
-    expert_bytes: int
-    other_bytes: int
-    itemsize: int
-    gb_per_s: float
-    tflop_per_s: float
-
-    def floor_s(self, forward: Forward, unique: float) -> float:
-        """Return the least seconds of a forward that uses `unique` experts a layer."""
-        rows, candidates, length = forward.input_ids.shape
-        cached = 0 if forward.decoded is None else candidates * int(forward.decoded.sum())
-        tokens = rows * candidates * length
-        routed = self.layers * self.top_k * (tokens - cached) * self.expert_bytes
-        flop = 2 * (routed + tokens * self.other_bytes) / self.itemsize
-        return max(self.nbytes(unique) / self.gb_per_s / 1e9, flop / self.tflop_per_s / 1e12)
-
-    def nbytes(self, unique: float) -> float:
-        """Return the bytes of weights that such a forward reads."""
-        return self.layers * unique * self.expert_bytes + self.other_bytes
-
-
-@dataclass(frozen=True)
 class _Bench:
     """One model, and the prompt that all ways go on from."""
 
@@ -284,7 +240,7 @@ def _rows(shape: str, settings: Settings, bar: Bar) -> list[Row]:
     for turn in range(settings.repeats):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             bar.say(f"{shape}: decode {turn + 1} of {settings.repeats}: {name}")
-            with _resident_peak(found[name].resident):
+            with resident_peak(found[name].resident):
                 found[name].trials.append(bench.decode((WAYS | STRATEGIES)[name], found[name].forward))
             bar.advance()
         speeds.append(bandwidth(torch.device("cpu")))
@@ -365,66 +321,6 @@ def scripted(stack: Stack, settings: Settings, prompt: Tensor) -> Script:
         return trial.tokens / len(trial.denoising)
 
     return stacks.calibrated(settings.prompt + (settings.blocks + 1) * length, settings.seed, wanted, accepted)
-
-
-def decode(
-    forward: Callable[..., Any], prompt: Tensor, mask: int, blocks: int, block_length: int, team: Options | None
-) -> Trial:
-    """Decode `blocks` blocks behind a prompt [1, S]; the first may begin with the prompt's tail."""
-    from dmoe_compile.bench.stacks import THRESHOLD
-    from dmoe_compile.decoding import Decoder, Sampling
-
-    forwards: list[Forward] = []
-    kept = 0
-
-    def watch(forward: Forward) -> None:
-        nonlocal kept
-        kept = max(kept, decoder.context.nbytes)
-        forwards.append(forward)
-
-    new = blocks * block_length - prompt.shape[1] % block_length
-    sampling = Sampling(mask, block_length, steps=block_length, threshold=THRESHOLD)
-    decoder = Decoder(forward, prompt, [prompt.shape[1]], new, sampling, team, None, watch)
-    with _timed(decoder) as spent:
-        start = time.perf_counter()
-        for _ in decoder.blocks():
-            pass
-        seconds = time.perf_counter() - start
-    return Trial(seconds, sum(spent), forwards, kept, new)
-
-
-@contextmanager
-def _timed(decoder: Decoder) -> Iterator[list[float]]:
-    """Give the seconds that the decoding context takes of a decoding, call by call."""
-    spent: list[float] = []
-
-    def timed(method: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                spent.append(time.perf_counter() - start)
-
-        return call
-
-    context = decoder.context
-    for name in ("step", "accept", "plain", "rows", "roles", "inputs", "done", "count", "attach", "detach"):
-        setattr(context, name, timed(getattr(context, name)))
-    yield spent
-
-
-@contextmanager
-def _resident_peak(peaks: list[int]) -> Iterator[None]:
-    """Add to `peaks` the most bytes that this process has resident inside; nothing where the system does not say."""
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        yield
-        return
-    reset.write_text("5")  # the peak begins anew: proc(5)
-    yield
-    (line,) = (each for each in Path("/proc/self/status").read_text().splitlines() if each.startswith("VmHWM"))
-    peaks.append(int(line.split()[1]) * 1024)
 
 
 def _row(name: str, found: _Found, costs: Costs) -> Row:
