@@ -61,7 +61,7 @@ def e2e(
     ] = None,
     memory_gib: Annotated[float, typer.Option("--memory", help="GiB: as many layers are built as fit.")] = 12.0,
     layers: Annotated[int | None, typer.Option(help="So many layers instead.")] = None,
-    blocks: Annotated[int, typer.Option(help="Blocks of an answer.")] = 2,
+    blocks: Annotated[int | None, typer.Option(help="Blocks of an answer; the stack's own.")] = None,
     repeats: Annotated[int, typer.Option(help="Timed decodings of each way; medians are shown.")] = 3,
     tokens_per_forward: Annotated[
         float | None, typer.Option(help="Assumed: tokens that a forward accepts without passes; the stack's own.")

@@ -109,9 +109,8 @@ def test_every_stack_decodes(shape: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("wanted", [1.5, 4.0])
 def test_the_script_accepts_as_many_tokens_as_asked(wanted: float) -> None:
-    settings = figure.Settings(blocks=4, prompt=32, tokens_per_forward=wanted)
     prompt = torch.zeros(1, 32, dtype=torch.int64)
-    script = figure.scripted(stacks.STACKS["SDAR-30B-A3B"], settings, prompt)
+    script = figure.scripted(stacks.STACKS["SDAR-30B-A3B"], 4, prompt, 0, wanted)
     trial = figure.decode(script.around(None, 32), prompt, script.mask, 4, 32, None)
     assert trial.tokens / len(trial.denoising) == pytest.approx(wanted, rel=0.1)  # in steps of whole forwards
 

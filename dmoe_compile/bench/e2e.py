@@ -9,13 +9,14 @@ turns; medians of whole decodings. All are decoded by dmoe_compile's decoder.
     kernel           backend="dmoe" and no pass: the model's own experts by the fused kernel
     dmoe, des, ...   the kernel and passes
 
-Measured: seconds, unique experts, forwards, bytes kept, resident memory. Counted: bytes of weights in use.
+Measured: seconds, unique experts, forwards, bytes kept, resident memory. Counted: bytes of weights in use. Ways with
+passes count their experts (stats=True) while they are timed.
 
     MB a step     weights that a denoising forward reads if it reads each expert in use once, and all else once
     of roofline   the least time in which this machine can read those weights or do the multiplications, as measured in
                   the same run, as a share of the time taken; attention's own products are left out
-    compile       the first decoding, less one that is warm: from empty caches, and from the caches that this left. The
-                  expert kernel is built once a process: the first of its ways pays for it
+    compile       a first decoding of few forwards, less one that is warm: from empty caches, and from the caches that
+                  this left. The expert kernel is built once a process: the first of its ways pays for it
     peak          resident memory of the process while a way decodes; all ways share the model's weights
     context       what the decoding context itself takes of a forward, and the expert outputs that it keeps
 """
@@ -23,14 +24,15 @@ Measured: seconds, unique experts, forwards, bytes kept, resident memory. Counte
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table
 from dmoe_compile.bench.decoded import Costs, Trial, decode, resident_peak
+from dmoe_compile.bench.ways import BASELINE, GOALS, STRATEGIES, WAYS, Way
 from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
@@ -42,53 +44,8 @@ if TYPE_CHECKING:
     from dmoe_compile.bench.stacks import Script, Stack
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a model runs: what compiles it, which experts of transformers it has, and options of our backend."""
-
-    compiler: Literal["none", "inductor", "dmoe"] = "dmoe"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    experts: str = "grouped_mm"
-
-    @property
-    def team(self) -> bool:
-        return "team" in self.options.get("passes", ())
-
-
-def _team(*strategies: str, **options: Any) -> Way:
-    chosen = {f"team.{each}": each in strategies for each in ("cache", "limit", "speculate")}
-    return Way(options={"passes": ["team"], **chosen, **options})
-
-
-_P6, _P8 = ({"dmoe.top_p": p} for p in (0.6, 0.8))
-BASELINE, KERNEL = "inductor", "kernel"
-WAYS = {
-    "eager": Way("none"),
-    "inductor loop": Way("inductor", experts="eager"),
-    BASELINE: Way("inductor"),
-    KERNEL: Way(),
-    "dmoe 0.8": Way(options={"passes": ["dmoe"], **_P8}),
-    "dmoe 0.6": Way(options={"passes": ["dmoe"], **_P6}),
-    "des vote": Way(options={"passes": ["des"], "des.variant": "vote"}),
-    "cover 0.7": Way(options={"passes": ["cover"], "cover.mass": 0.7}),
-    "team": _team("cache", "limit", "speculate"),
-    "team + dmoe 0.6": Way(options={"passes": ["team", "dmoe"], **_P6}),
-    "team + dmoe 0.6 one row": Way(options={"passes": ["team", "dmoe"], "team.speculate": False, **_P6}),
-}
-STRATEGIES = {
-    "cache": _team("cache"),
-    "limit": _team("limit"),
-    "speculate": _team("speculate"),
-    "team two rows": _team("cache", "limit", "speculate", **{"team.candidates": 1}),
-}
-# Way, against the baseline, what is compared, and how many times as fast it should be.
-GOALS = (
-    (KERNEL, "s_per_step", 1.8),
-    ("dmoe 0.6", "s_per_step", 3.5),
-    ("team + dmoe 0.6", "s_per_token", 5.0),
-    ("team + dmoe 0.6 one row", "s_per_token", 5.0),
-)
 RECORDED = "recorded"
+_SHORT = 5  # forwards of a block with which a way is compiled: TEAM's first, those with candidates, its last
 
 
 @dataclass(frozen=True)
@@ -100,7 +57,7 @@ class Settings:
         ways: of WAYS and STRATEGIES.
         memory_gib: as many layers are built as fit into it.
         layers: so many instead.
-        blocks: of an answer.
+        blocks: of an answer; the stack's own if None.
         prompt: its tokens.
         repeats: timed decodings of each way.
         tokens_per_forward: assumed, without passes; the stack's own if None.
@@ -115,7 +72,7 @@ class Settings:
     ways: tuple[str, ...] = tuple(WAYS)
     memory_gib: float = 12.0
     layers: int | None = None
-    blocks: int = 2
+    blocks: int | None = None
     prompt: int = 64
     repeats: int = 3
     tokens_per_forward: float | None = None
@@ -136,7 +93,8 @@ class Settings:
         for name in ("layers", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        check_int("blocks", self.blocks, "blocks of an answer")
+        if self.blocks is not None:
+            check_int("blocks", self.blocks, "blocks of an answer")
         check_int("prompt", self.prompt, "tokens before the answer")
         check_int("repeats", self.repeats, "timed decodings of each way")
         if not self.memory_gib > 0:
@@ -153,18 +111,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class _Bench:
-    """One model, and the prompt that all ways go on from."""
+    """One model, the prompt that all ways go on from, and what they decode: assumed confidences, or the model's own."""
 
     model: PreTrainedModel
-    settings: Settings
     prompt: Tensor
     mask: int
+    blocks: int
     block_length: int
     top_k: int
-    script: Script | None
+    script: Script | None = None
+    short: Script | None = None  # of few forwards, to compile with
 
-    def compiled(self, way: Way, **more: Any) -> Callable[..., Any]:
-        """Return a way's forward; `more` are further options of our backend."""
+    def compiled(self, way: Way) -> Callable[..., Any]:
+        """Return a way's forward."""
         import torch
 
         if way.compiler == "none":
@@ -172,27 +131,26 @@ class _Bench:
         # isolate_recompiles: each way has its own cache, though all compile the same code object.
         if way.compiler == "inductor":
             return torch.compile(self.model, isolate_recompiles=True)  # type: ignore[call-overload]
-        options = {**way.options, "block_length": self.block_length, **more}
+        options = {**way.options, "block_length": self.block_length, "stats": bool(way.options)}
         return torch.compile(self.model, backend="dmoe", fullgraph=True, isolate_recompiles=True, options=options)  # type: ignore[call-overload]
 
-    def decode(self, way: Way, forward: Callable[..., Any]) -> Trial:
+    def decode(self, way: Way, forward: Callable[..., Any], script: Script | None) -> Trial:
         """Decode as a way does with its forward."""
         from dmoe_compile import Config
 
         self.model.set_experts_implementation(way.experts)
-        if self.script is not None:
-            forward = self.script.around(forward, self.block_length)
+        if script is not None:
+            forward = script.around(forward, self.block_length)
             forward.dtype = self.model.dtype  # type: ignore[attr-defined]
         team = Config.from_options(way.options).selected.get("team")
-        return decode(forward, self.prompt, self.mask, self.settings.blocks, self.block_length, team)
+        return decode(forward, self.prompt, self.mask, self.blocks, self.block_length, team)
 
 
 @dataclass
 class _Found:
-    """What was found of a way: its forward, unique experts of each forward of a decoding, times and memory."""
+    """What was found of a way: its forward, seconds to compile it, decodings, memory."""
 
     forward: Callable[..., Any]
-    unique: list[float]
     cold_s: float
     warm_s: float
     trials: list[Trial] = field(default_factory=list)
@@ -227,13 +185,13 @@ def _rows(shape: str, settings: Settings, bar: Bar) -> list[Row]:
     bench = _bench(shape, settings)
     layers = len(stacks.layers_of(bench.model))
     with stacks.unique_experts(bench.model) as used:
-        bench.decode(Way("none"), bench.model.forward)
+        bench.decode(Way("none"), bench.model.forward, bench.script)
     own = [mean(used[i : i + layers]) for i in range(0, len(used), layers)]
     bar.advance()
     found: dict[str, _Found] = {}
     for name in settings.ways:
         bar.say(f"{shape}: compile {name}")
-        found[name] = _compile(bench, (WAYS | STRATEGIES)[name], own)
+        found[name] = _compile(bench, (WAYS | STRATEGIES)[name])
         bar.advance()
     speeds, peaks = [], []
     names = list(found)
@@ -241,7 +199,8 @@ def _rows(shape: str, settings: Settings, bar: Bar) -> list[Row]:
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             bar.say(f"{shape}: decode {turn + 1} of {settings.repeats}: {name}")
             with resident_peak(found[name].resident):
-                found[name].trials.append(bench.decode((WAYS | STRATEGIES)[name], found[name].forward))
+                trial = bench.decode((WAYS | STRATEGIES)[name], found[name].forward, bench.script)
+            found[name].trials.append(trial)
             bar.advance()
         speeds.append(bandwidth(torch.device("cpu")))
         peaks.append(peak(torch.device("cpu"), bench.model.dtype))
@@ -256,29 +215,23 @@ def _rows(shape: str, settings: Settings, bar: Bar) -> list[Row]:
         "dtype": str(bench.model.dtype).removeprefix("torch."),
         "assumed": bench.script is not None,
     }
-    about["block_length"] = bench.block_length
-    return [about | _row(name, each, costs) for name, each in found.items()]
+    about |= {"block_length": bench.block_length, "blocks": bench.blocks}
+    return [about | _row(name, each, own, costs) for name, each in found.items()]
 
 
-def _compile(bench: _Bench, way: Way, own: list[float]) -> _Found:
-    """Compile a way twice, without and with what the first time left in caches, and count its experts.
-
-    Args:
-        bench: the model.
-        way: how it runs.
-        own: unique experts of every forward by the model's own routing.
-    """
+def _compile(bench: _Bench, way: Way) -> _Found:
+    """Compile a way twice, without and with what the first time left in caches."""
     from torch._inductor.utils import clear_caches, fresh_cache
 
+    seconds = []
     with fresh_cache():
-        cold = bench.decode(way, bench.compiled(way))
-        clear_caches()
-        forward = bench.compiled(way)
-        warm = bench.decode(way, forward)
-        if way.options:
-            counted = bench.decode(way, bench.compiled(way, stats=True))
-            own = [mean(each.unique_experts.values()) for each in counted.forwards]
-    return _Found(forward, own, cold.seconds, warm.seconds)
+        for _ in range(2):
+            clear_caches()
+            forward = bench.compiled(way)
+            seconds.append(bench.decode(way, forward, bench.short).seconds)
+        steady = bench.decode(way, forward, bench.short).seconds
+    cold, warm = (max(0.0, each - steady) for each in seconds)
+    return _Found(forward, cold, warm)
 
 
 def _bench(shape: str, settings: Settings) -> _Bench:
@@ -290,17 +243,21 @@ def _bench(shape: str, settings: Settings) -> _Bench:
         assert settings.recorded is not None
         model, mask = stacks.recorded(Path(settings.recorded))
         prompt = _prompt(settings, mask)
-        return _Bench(model, settings, prompt, mask, 32, model.config.num_experts_per_tok, None)
+        return _Bench(model, prompt, mask, settings.blocks or 2, 32, model.config.num_experts_per_tok)
     stack = stacks.STACKS[shape]
     fast = torch.cpu._is_avx512_bf16_supported()
     dtype = {"auto": torch.bfloat16 if fast else torch.float32}.get(settings.dtype) or getattr(torch, settings.dtype)
     layers = settings.layers or stacks.layers_that_fit(stack, settings.memory_gib * 2**30, dtype)
-    columns = settings.prompt + (settings.blocks + 1) * stack.block_length
+    blocks = settings.blocks or stack.blocks
+    columns = settings.prompt + (blocks + 1) * stack.block_length
     model = stacks.build(stack, layers, columns, dtype, settings.seed)
     mask = stacks.VOCABULARY - 1
     prompt = _prompt(settings, mask)
-    script = scripted(stack, settings, prompt)
-    return _Bench(model, settings, prompt, mask, stack.block_length, stack.top_k, script)
+    wanted = settings.tokens_per_forward or stack.tokens_per_forward
+    script, short = (
+        scripted(stack, blocks, prompt, settings.seed, each) for each in (wanted, stack.block_length / _SHORT)
+    )
+    return _Bench(model, prompt, mask, blocks, stack.block_length, stack.top_k, script, short)
 
 
 def _prompt(settings: Settings, mask: int) -> Tensor:
@@ -309,30 +266,32 @@ def _prompt(settings: Settings, mask: int) -> Tensor:
     return torch.randint(0, mask, (1, settings.prompt), generator=torch.Generator().manual_seed(settings.seed))
 
 
-def scripted(stack: Stack, settings: Settings, prompt: Tensor) -> Script:
-    """Return the script with which decoding without passes accepts as many tokens a forward as assumed."""
+def scripted(stack: Stack, blocks: int, prompt: Tensor, seed: int, wanted: float) -> Script:
+    """Return the script with which decoding without passes accepts `wanted` tokens a forward."""
     from dmoe_compile.bench import stacks
 
-    wanted = settings.tokens_per_forward or stack.tokens_per_forward
     length = stack.block_length
 
     def accepted(script: Script) -> float:
-        trial = decode(script.around(None, length), prompt, script.mask, settings.blocks, length, None)
+        trial = decode(script.around(None, length), prompt, script.mask, blocks, length, None)
         return trial.tokens / len(trial.denoising)
 
-    return stacks.calibrated(settings.prompt + (settings.blocks + 1) * length, settings.seed, wanted, accepted)
+    return stacks.calibrated(prompt.shape[1] + (blocks + 1) * length, seed, wanted, accepted)
 
 
-def _row(name: str, found: _Found, costs: Costs) -> Row:
+def _row(name: str, found: _Found, own: Sequence[float], costs: Costs) -> Row:
+    way = (WAYS | STRATEGIES)[name]
     trial = found.trials[0]
     seconds = median(each.seconds for each in found.trials)
     steps = len(trial.denoising)
-    pairs = list(zip(trial.forwards, found.unique, strict=True))
+    if way.options:
+        own = [mean(each.unique_experts.values()) for each in trial.forwards]
+    pairs = list(zip(trial.forwards, own, strict=True))
     unique = [each for forward, each in pairs if forward.committed is not None]
-    eager = (WAYS | STRATEGIES)[name].compiler == "none"
+    eager = way.compiler == "none"
     return {
         "way": name,
-        "team": (WAYS | STRATEGIES)[name].team,
+        "team": way.team,
         "tokens": trial.tokens,
         "steps": steps,
         "tokens_per_step": trial.tokens / steps,
@@ -343,8 +302,8 @@ def _row(name: str, found: _Found, costs: Costs) -> Row:
         "s_per_step": seconds / steps,
         "s_per_token": seconds / trial.tokens,
         "of_roofline": sum(costs.floor_s(*each) for each in pairs) / seconds,
-        "compile_cold_s": None if eager else max(0.0, found.cold_s - seconds),
-        "compile_warm_s": None if eager else max(0.0, found.warm_s - seconds),
+        "compile_cold_s": None if eager else found.cold_s,
+        "compile_warm_s": None if eager else found.warm_s,
         "peak_bytes": max(found.resident, default=None),
         "context_share": median(each.context_s / each.seconds for each in found.trials),
         "context_bytes": max(each.nbytes for each in found.trials),

@@ -55,6 +55,7 @@ class Stack:
         layers: of the published model.
         block_length: L.
         tokens_per_forward: that decoding without passes accepts; assumed.
+        blocks: of an answer.
     """
 
     architecture: str
@@ -62,6 +63,7 @@ class Stack:
     layers: int
     block_length: int = 32
     tokens_per_forward: float = 2.0
+    blocks: int = 2
 
     @property
     def top_k(self) -> int:
@@ -101,6 +103,7 @@ STACKS = {
         layers=30,
         block_length=256,
         tokens_per_forward=8.0,
+        blocks=1,
     ),
 }
 
