@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import dmoe_compile
 from dmoe_compile import cli_bench
 from dmoe_compile.cli_shared import (
     Json,
@@ -46,6 +47,21 @@ app.add_typer(cli_bench.app, name="bench")
 def main() -> None:
     """Run the command line; the console script."""
     app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dmoe-compile {dmoe_compile.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _whole(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command; typer's help is that of `app`."""
 
 
 @app.command()

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
+from dmoe_compile.bench import require_compiler, require_packages
+from dmoe_compile.bench.ways import WAYS
 from dmoe_compile.cli_shared import Json, Threads, fail, names, progress_bar, show, usage_errors
 
 # Everything else is imported in the commands: torch and transformers take seconds, and --help needs neither.
 
 app = typer.Typer(help="Measure one figure; prints a table, and JSON lines with --json.", no_args_is_help=True)
+
+
+def _measure(name: str, json: str | None, settings: Callable[[Any], Any], *, compiler: bool = True) -> None:
+    """Run a figure, which is a module of bench/, and show it.
+
+    Args:
+        name: the module; it has Settings, run, table, and remarks if there is more to say.
+        json: where JSON lines go, if anywhere.
+        settings: makes the module's Settings, with the module as its argument.
+        compiler: whether it needs a C++ compiler.
+    """
+    with usage_errors(json):
+        figure = import_module(f"dmoe_compile.bench.{name}")
+        if compiler:
+            require_compiler()
+        chosen = settings(figure)
+    with progress_bar() as progress:
+        rows = figure.run(chosen, progress)
+    remarks = getattr(figure, "remarks", None)
+    show(figure.table(rows), rows, json, () if remarks is None else remarks(rows))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in names(text))
 
 
 @app.command()
@@ -23,15 +51,7 @@ def overhead(
     json: Json = None,
 ) -> None:
     """What the backend costs: matcher, compile time cold and warm, guards, and time per call."""
-    with usage_errors(json):
-        from dmoe_compile.bench import overhead as figure
-        from dmoe_compile.bench import require_compiler
-
-        require_compiler()
-        settings = figure.Settings(layers, repeats, calls, threads)
-    with progress_bar() as progress:
-        rows = figure.run(settings, progress)
-    show(figure.table(rows), rows, json)
+    _measure("overhead", json, lambda figure: figure.Settings(layers, repeats, calls, threads))
 
 
 @app.command()
@@ -42,15 +62,7 @@ def coresets(
     json: Json = None,
 ) -> None:
     """Experts read and routing weight kept by every coreset method, and its time, on synthetic router scores."""
-    with usage_errors(json):
-        from dmoe_compile.bench import coresets as figure
-        from dmoe_compile.bench import require_compiler
-
-        require_compiler()
-        settings = figure.Settings(blocks, spread, calls)
-    with progress_bar() as progress:
-        rows = figure.run(settings, progress)
-    show(figure.table(rows), rows, json)
+    _measure("coresets", json, lambda figure: figure.Settings(blocks, spread, calls))
 
 
 @app.command()
@@ -76,21 +88,13 @@ def e2e(
     json: Json = None,
 ) -> None:
     """End to end: real-width layers decode blocks; eager, Inductor, the kernel, and every pass. Takes long."""
-    with usage_errors(json):
-        from rich.console import Group
-
-        from dmoe_compile.bench import e2e as figure
-        from dmoe_compile.bench import require_compiler
-
-        require_compiler()
-        settings = figure.Settings(
-            names(shapes), names(ways) or tuple(figure.WAYS), memory_gib, layers, blocks, 64, repeats,
-            tokens_per_forward, dtype, recorded, threads,
-        )  # fmt: skip
-    with progress_bar() as progress:
-        rows = figure.run(settings, progress)
-    parts = figure.by_shape(rows)
-    show(Group(*map(figure.table, parts)), rows, json, (each for part in parts for each in figure.remarks(part)))
+    _measure(
+        "e2e", json,
+        lambda figure: figure.Settings(
+            names(shapes), names(ways) or tuple(WAYS), memory_gib, layers, blocks, 64, repeats, tokens_per_forward,
+            dtype, recorded, threads,
+        ),
+    )  # fmt: skip
 
 
 @app.command()
@@ -103,16 +107,10 @@ def layer(
     json: Json = None,
 ) -> None:
     """A whole decoder layer at published widths on this CPU: Inductor against the passes and the expert kernel."""
-    with usage_errors(json):
-        from dmoe_compile.bench import layer as figure
-        from dmoe_compile.bench import require_compiler
-
-        require_compiler()
-        chosen = names(shapes) or tuple(figure.SHAPES)
-        settings = figure.Settings(chosen, coreset, calls, dtype, threads)
-    with progress_bar() as progress:
-        rows = figure.run(settings, progress)
-    show(figure.table(rows), rows, json, figure.remarks(rows))
+    _measure(
+        "layer", json,
+        lambda figure: figure.Settings(names(shapes) or tuple(figure.SHAPES), coreset, calls, dtype, threads),
+    )  # fmt: skip
 
 
 @app.command()
@@ -126,7 +124,6 @@ def scaling(
 ) -> None:
     """A decoder layer's time against experts in use, tokens and sequences, with its roofline: a table and a picture."""
     with usage_errors(json):
-        from dmoe_compile.bench import require_compiler, require_packages
         from dmoe_compile.bench import scaling as figure
 
         require_compiler()
@@ -153,7 +150,6 @@ def diffusion_gemma(
     """DiffusionGemma's own generate(), random weights, through stock Inductor and through dmoe."""
     with usage_errors(json):
         from dmoe_compile.bench import diffusion_gemma as figure
-        from dmoe_compile.bench import require_compiler
 
         require_compiler()
         settings = figure.Settings(config, steps, repeats, threads, seed)
@@ -172,15 +168,7 @@ def prepare(
     json: Json = None,
 ) -> None:
     """Prepare and compile time of published models at real numbers of experts and layers."""
-    with usage_errors(json):
-        from dmoe_compile.bench import prepare as figure
-        from dmoe_compile.bench import require_compiler
-
-        require_compiler()
-        settings = figure.Settings(layers, timeout_s, threads)
-    with progress_bar() as progress:
-        rows = figure.run(settings, progress)
-    show(figure.table(rows), rows, json)
+    _measure("prepare", json, lambda figure: figure.Settings(layers, timeout_s, threads))
 
 
 @app.command()
@@ -196,17 +184,13 @@ def experts(
     json: Json = None,
 ) -> None:
     """The experts of one layer on the CPU: the kernel, grouped_mm, a loop, and the machine's own limits."""
-    with usage_errors(json):
-        from dmoe_compile.bench import experts as figure
-        from dmoe_compile.bench import require_compiler
-
-        require_compiler()
-        chosen = names(shapes) or figure.NAMES
-        rows, used = (tuple(int(number) for number in text.split(",")) for text in (tokens, distinct))
-        settings = figure.Settings(chosen, rows, used, tuple(dtypes.split(",")), calls, isa, inductor, huge_pages)
-    with progress_bar() as progress:
-        found = figure.run(settings, progress)
-    show(figure.table(found), found, json, figure.summary(found))
+    _measure(
+        "experts", json,
+        lambda figure: figure.Settings(
+            names(shapes) or figure.NAMES, _numbers(tokens), _numbers(distinct), names(dtypes), calls, isa, inductor,
+            huge_pages,
+        ),
+    )  # fmt: skip
 
 
 @app.command()
@@ -216,14 +200,7 @@ def gpu(
     json: Json = None,
 ) -> None:
     """One MoE block at published widths on this machine's GPU: Inductor, transformers, vLLM, and the fused kernels."""
-    with usage_errors(json):
-        from dmoe_compile.bench import gpu as figure
-
-        chosen = names(shapes) or tuple(figure.SHAPES)
-        settings = figure.Settings(chosen, calls)
-    with progress_bar() as progress:
-        rows = figure.run(settings, progress)
-    show(figure.table(rows), rows, json)
+    _measure("gpu", json, lambda figure: figure.Settings(names(shapes) or tuple(figure.SHAPES), calls), compiler=False)
 
 
 @app.command("gpu-model")
@@ -235,12 +212,10 @@ def gpu_model(
     json: Json = None,
 ) -> None:
     """Bytes and launches of one MoE block, counted in the code generated for a GPU; takes no GPU, measures no time."""
-    with usage_errors(json):
-        from dmoe_compile.bench import gpu_model as figure
-
-        chosen = names(shapes) or tuple(figure.SHAPES)
-        sizes = tuple(int(size) for size in coresets.split(","))
-        settings = figure.Settings(chosen, sizes, bandwidth_share, launch_us)
-    with progress_bar() as progress:
-        rows = figure.run(settings, progress)
-    show(figure.table(rows), rows, json)
+    _measure(
+        "gpu_model", json,
+        lambda figure: figure.Settings(
+            names(shapes) or tuple(figure.SHAPES), _numbers(coresets), bandwidth_share, launch_us
+        ),
+        compiler=False,
+    )  # fmt: skip

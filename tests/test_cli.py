@@ -1,12 +1,14 @@
 """The command line: exit codes, one-line errors, where output goes. What is measured is tested beside its module."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import dmoe_compile
@@ -27,6 +29,36 @@ def test_help(command):
     result = invoke(*command, "--help")
     assert result.exit_code == 0
     assert "Usage:" in result.stdout
+
+
+def leaves(command, path=()):
+    """Yield every command that does something, and how it is called."""
+    for name, below in getattr(command, "commands", {}).items():
+        yield from leaves(below, (*path, name))
+    if not hasattr(command, "commands"):
+        yield path, command
+
+
+def test_every_command_writes_json_lines():
+    found = dict(leaves(get_command(cli.app)))
+    assert ("bench", "e2e") in found
+    assert [
+        path for path, command in found.items() if "--json" not in {o for p in command.params for o in p.opts}
+    ] == []
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.stdout == f"dmoe-compile {dmoe_compile.__version__}\n"
+
+
+@pytest.mark.parametrize(("env", "coloured"), [({}, False), ({"FORCE_COLOR": "1"}, True)], ids=["pipe", "forced"])
+def test_colours_are_off_where_output_is_no_terminal(env, coloured):
+    own = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
+    done = subprocess.run(["dmoe", "doctor"], capture_output=True, text=True, env=own | env)
+    assert done.returncode == 0, done.stderr
+    assert ("\x1b[" in done.stdout) == coloured
+    assert "\x1b[" not in done.stderr
 
 
 def test_help_does_not_wait_for_torch():

@@ -19,7 +19,7 @@ def test_every_way_is_compared_and_timed() -> None:
         assert row["fraction"] == pytest.approx(row["roofline_ms"] / row["ms"]["dmoe"])
         assert row["roofline_ms"] >= row["ms"]["read"]
     assert [len(table.rows) for table in experts.table(rows).renderables[:-1]] == [2]
-    assert any("of the roofline (goal" in line for line in experts.summary(rows))
+    assert any("of the roofline (goal" in line for line in experts.remarks(rows))
 
 
 def test_both_dtypes_and_a_slower_instruction_set() -> None:

@@ -36,6 +36,7 @@ from dmoe_compile.bench.ways import BASELINE, GOALS, STRATEGIES, WAYS, Way
 from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
+    from rich.console import Group
     from rich.progress import Progress
     from rich.table import Table
     from torch import Tensor
@@ -310,8 +311,24 @@ def _row(name: str, found: _Found, own: Sequence[float], costs: Costs) -> Row:
     }
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """Return the rows of one shape as a table."""
+def table(rows: Sequence[Row]) -> Group:
+    """Return the rows of run() as tables, one for each shape."""
+    from rich.console import Group
+
+    return Group(*map(_table, _by_shape(rows)))
+
+
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what the tables leave out: assumptions, goals, contexts, the machine."""
+    for part in _by_shape(rows):
+        yield from _remarks(part)
+
+
+def _by_shape(rows: Sequence[Row]) -> list[list[Row]]:
+    return [[row for row in rows if row["shape"] == shape] for shape in dict.fromkeys(row["shape"] for row in rows)]
+
+
+def _table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     base = next((row for row in rows if row["way"] == BASELINE), first)
     out = narrow_table(
@@ -332,8 +349,7 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
-def remarks(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what a shape's table leaves out: assumptions, goals, contexts, the machine."""
+def _remarks(rows: Sequence[Row]) -> Iterator[str]:
     ways = {row["way"]: row for row in rows}
     first = rows[0]
     per_step = {row["tokens_per_step"] for row in rows if not row["team"]}
@@ -355,8 +371,3 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
                 unit = "a step" if what == "s_per_step" else "an accepted token"
                 yield f"goal: {way} {goal:g}x {unit}: {gain:.2f}x, {'reached' if gain >= goal else 'missed'}"
     yield f"{describe(first)}; reads {first['gb_per_s']:.3g} GB/s, multiplies {first['tflop_per_s']:.3g} TFLOP/s"
-
-
-def by_shape(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return the rows of run() shape by shape."""
-    return [[row for row in rows if row["shape"] == shape] for shape in dict.fromkeys(row["shape"] for row in rows)]

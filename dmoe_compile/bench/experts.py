@@ -117,7 +117,7 @@ def table(rows: Sequence[Row]) -> Group:
     return Group(*tables.values(), describe(rows[0]))
 
 
-def summary(rows: Sequence[Row]) -> Iterator[str]:
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
     """Yield geometric means beside the goals, by regime and dtype."""
     for (regime, dtype), (goal, goal_over) in GOALS.items():
         own = [row for row in rows if (row["regime"], row["dtype"]) == (regime, dtype)]
