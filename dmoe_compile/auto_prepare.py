@@ -56,8 +56,10 @@ def _on_compile(_args: Any) -> None:
     modules = dict.fromkeys(_modules_of(compiling))
     ours = sys.modules.get(f"{__package__}.backend")
     if ours is not None and backend is ours.dmoe and (config := _asks_for_prepared(options)):
+        from dmoe_compile.notices import notices_of
+
         for module in modules:
-            ours.notices_of(options).loops(prepare_or_say(module, config, _left_alone))
+            notices_of(options).loops(prepare_or_say(module, config, _left_alone))
     elif capture := sys.modules.get(f"{__package__}.capture"):  # else nothing was ever prepared
         for module in modules:
             capture.refresh(module)

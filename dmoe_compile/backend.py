@@ -12,34 +12,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import hashlib
-import inspect
 import logging
-import uuid
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.eval_frame import innermost_backend
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+from torch._inductor.custom_graph_pass import get_custom_graph_passes
 from torch._logging import trace_structured
 
-from dmoe_compile import auto_prepare, calibrate, experts, huge_pages
+from dmoe_compile import auto_prepare, calibrate, experts, huge_pages, notices
 from dmoe_compile.config import Config
-from dmoe_compile.kernels import count_experts
-from dmoe_compile.normalise import normalise, source
+from dmoe_compile.joint import JointPass
+from dmoe_compile.normalise import normalise
+from dmoe_compile.notices import Notices, notices_of, say_how_to_select, unreadable
 from dmoe_compile.passes import fuse_experts, pipeline
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.lower import Lowering, NotFusedError
+from dmoe_compile.passes.nodes import Sources
 from dmoe_compile.passes.pipeline import Findings
-from dmoe_compile.passes.policies import Policy, find_policy, policy_names
-from dmoe_compile.passes.sites import Sources
 from dmoe_compile.passes.team import Denoised
 from dmoe_compile.runtime import recording
 from dmoe_compile.stepwise import Stepwise
@@ -47,9 +40,7 @@ from dmoe_compile.stepwise import Stepwise
 log = logging.getLogger(__name__)
 
 _JOINT = {"use_joint_graph_passes": True, "selective_decompose": False}  # mode "lite" would skip the pass
-_SELECTING = {"topk", "sort", "argmax", "max"}  # what every router does by one of; see passes/sites.py
-_MAX_NOTICES = 256  # torch.compile() calls whose warnings are remembered
-_notices: OrderedDict[int, Notices] = OrderedDict()
+_SELECTING = {"topk", "sort", "argmax", "max"}  # what every router does by one of; see passes/selections.py
 
 
 def dmoe(
@@ -74,7 +65,7 @@ def dmoe(
     config = dataclasses.replace(config, mode=mode or config.mode)
     patches = {**_mode_options(config.mode), **config.inductor}
     if not config.passes and not config.stats:
-        _say_how_to_select()
+        say_how_to_select()
         if not _may_fuse(gm, example_inputs, config):
             return _inductor(gm, example_inputs, patches)
     if _needs_gradient(example_inputs):
@@ -168,7 +159,7 @@ def rewrite(
     except NotFusedError:
         raise
     except Exception as error:
-        notices.warn(_unreadable(error))
+        notices.warn(unreadable(error))
         return None
     aten.recompile()
     _trace_artifact("dmoe_graph_after", aten)
@@ -219,7 +210,7 @@ def _compile_stepwise(
     try:
         said = _verdicts(gm, example_inputs, config)
     except Exception as error:
-        notices.warn(_unreadable(error))
+        notices.warn(unreadable(error))
         return _inductor(gm, example_inputs, patches)
     inputs, known = list(example_inputs), dict[str, int | str]()
 
@@ -250,7 +241,7 @@ def _compile_joint(
     try:
         said = _verdicts(gm, example_inputs, config)
     except Exception as error:
-        notices.warn(_unreadable(error))
+        notices.warn(unreadable(error))
         return _inductor(gm, example_inputs, patches)
     ours = JointPass(config, gm, notices, said)
     patches = {**patches, **_JOINT, "joint_custom_pre_pass": [ours, *get_custom_graph_passes(theirs)]}
@@ -260,64 +251,6 @@ def _compile_joint(
 def _verdicts(gm: fx.GraphModule, example_inputs: Sequence[Any], config: Config) -> list[Verdict] | None:
     """Return whether a coreset pays at each site of Dynamo's graph, None where that is not asked."""
     return calibrate.verdicts(*normalise(gm, example_inputs), example_inputs, config) if config.auto else None
-
-
-class JointPass(CustomGraphPass):
-    """The passes on AOTAutograd's joint graph: forward and gradients in one, decomposed as Inductor asks.
-
-    Args:
-        config: what to run.
-        gm: Dynamo's graph, which knows where the inputs come from.
-        notices: what takes the findings.
-        verdicts: whether a coreset pays, for every site; None where it is wanted at all of them.
-    """
-
-    def __init__(
-        self, config: Config, gm: fx.GraphModule, notices: Notices, verdicts: list[Verdict] | None = None
-    ) -> None:
-        self.config = config
-        self.verdicts = verdicts
-        self.gm = gm
-        self.inputs = [source(node) for node in gm.graph.find_nodes(op="placeholder")]
-        self.notices = notices
-
-    def __call__(self, graph: fx.Graph) -> None:
-        from torch._inductor.decomposition import select_decomp_table
-
-        config = self.config
-        settings = Settings(config.block_length, config.max_block_tokens, config.scope)
-        table = select_decomp_table()
-        try:
-            findings = pipeline.run(
-                graph,
-                self.sources(graph),
-                config.selected,
-                settings,
-                decompositions=table,
-                joint=True,
-                verdicts=self.verdicts,
-            )
-        except Exception as error:
-            self.notices.warn(_unreadable(error))
-            return
-        self.notices.take(self.gm, findings, config)
-
-    def sources(self, graph: fx.Graph) -> Sources:
-        """Return what is known of a joint graph's inputs: AOTAutograd numbers them as Dynamo does."""
-        paths, parameters = {}, set()
-        for node in graph.find_nodes(op="placeholder"):
-            index = getattr(node.meta.get("desc"), "idx", None)  # tangents describe an output instead
-            if isinstance(index, int) and index < len(self.inputs):
-                paths[node.name], is_parameter = self.inputs[index]
-                if is_parameter:
-                    parameters.add(node.name)
-        return Sources(paths, frozenset(parameters))
-
-    def uuid(self) -> tuple[str, ...]:
-        """Return what the result depends on: our sources, the policies', options, inputs, and what pays."""
-        policies = tuple(_written(find_policy(name)) for name in policy_names() if name in self.config.passes)
-        pays = [verdict.pays for verdict in self.verdicts or ()]
-        return _source_hash(policies), repr(self.config), repr(self.inputs), repr(pays)
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
@@ -356,124 +289,6 @@ def _mode_options(mode: str | None) -> dict[str, Any]:
     return dict(list_mode_options(mode)) if mode and mode != "default" else {}
 
 
-@dataclass
-class Notices:
-    """What the graphs of one torch.compile() have shown so far, so that each warning comes once, and none too many.
-
-    A model falls into several graphs where Dynamo breaks it; most of them rightly hold no router.
-    """
-
-    of: object = None  # the options of the torch.compile(), held so that no other dict takes their id
-    in_pieces: bool = False  # broken graphs have come by
-    in_loops: bool = False  # experts in Python loops were warned about, which is where graphs break
-    said: set[str] = field(default_factory=set)
-
-    def take(self, gm: fx.GraphModule, findings: Findings, config: Config) -> None:
-        """Warn where the passes changed nothing in a graph: which module is why, and what to do."""
-        reason = getattr(gm, "compile_subgraph_reason", None)
-        broken = str(reason.reason) if reason is not None and reason.graph_break else ""
-        waits = "team" in config.passes and findings.outcomes  # for a decoding context
-        message = "" if waits else _complaint(gm, findings, broken)
-        nothing_here = not findings.outcomes and not findings.refusals
-        if message and not (broken and self.in_loops) and not (self.in_pieces and nothing_here):
-            self.warn(f"{', '.join(config.passes)}: {message} Compiled as plain Inductor would.")
-        self.in_pieces |= bool(broken or findings.outcomes)
-
-    def loops(self, messages: Sequence[str]) -> None:
-        """Warn of experts in Python loops, which Dynamo will break the model at."""
-        for message in messages:
-            self.warn(message)
-            self.in_loops = self.in_pieces = True
-
-    def warn(self, message: str) -> None:
-        """Log a warning unless it has been said."""
-        if message not in self.said:
-            self.said.add(message)
-            log.warning("%s", message)
-
-
-def _unreadable(error: Exception) -> str:
-    """Return the warning for a graph that some step of ours failed on; call it while the error is handled."""
-    log.debug("why the graph can't be read", exc_info=True)
-    return f"the graph can't be read ({type(error).__name__}: {error}). Compiled as plain Inductor would."
-
-
-def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
-    """Return why the passes changed nothing, "" where they did; `broken` is Dynamo's reason to end the graph."""
-    if findings.rewritten:
-        return ""
-    left = [outcome for outcome in findings.outcomes if not outcome.rewritten]
-    if left and all(outcome.verdict and not outcome.verdict.pays for outcome in left):
-        return ""  # as asked: where it does not pay
-    if left:
-        return f"{left[0].site.name} was left alone: {left[0].reason}."
-    routers = [refusal.name for refusal in findings.refusals if refusal.is_router]
-    if broken and routers:
-        return (
-            f"the experts of {routers[0]} are not in the same graph as their router: Dynamo broke the graph there "
-            f"({broken.strip().splitlines()[0]}). Way out: print(dmoe_compile.prepare(model)) makes the experts "
-            "traceable, or says why not; fullgraph=True shows where a graph breaks."
-        )
-    if findings.refusals:
-        name, reason = findings.refusals[0].name, findings.refusals[0].reason
-        return f"no site was found; {name} was refused: {reason}. dmoe_compile.explain(model, ...) lists every refusal."
-    if broken and not auto_prepare.is_available():
-        return (
-            f"Dynamo broke the graph ({broken.strip().splitlines()[0]}). If the model's experts are in a Python loop, "
-            "dmoe_compile.prepare(model) makes them traceable."
-        )
-    if broken or not any(map(_is_matrix, gm.graph.find_nodes(op="placeholder"))):
-        return ""  # a piece of a model, or a helper of its own that makes masks or positions
-    return (
-        f"no mixture-of-experts router in the graph of {_root_name(gm)}. Drop the pass for this model, or compile "
-        "the module that holds its experts."
-    )
-
-
-def _is_matrix(placeholder: fx.Node) -> bool:
-    """Say whether an input of Dynamo's graph is a weight that something is multiplied by."""
-    value = placeholder.meta.get("example_value")
-    return source(placeholder)[1] and isinstance(value, torch.Tensor) and value.dim() >= 2
-
-
-def notices_of(options: Mapping[str, Any] | None) -> Notices:
-    """Return the notices of the torch.compile() that these options were given to; Dynamo hands on the same dict."""
-    notices = _notices.pop(id(options), None) or Notices(options)
-    _notices[id(options)] = notices
-    while len(_notices) > _MAX_NOTICES:
-        _notices.popitem(last=False)
-    return notices
-
-
-def _root_name(gm: fx.GraphModule) -> str:
-    """Name what was compiled: the first module or function in the graph's stack."""
-    for node in gm.graph.nodes:
-        for path, owner in (node.meta.get("nn_module_stack") or {}).values():
-            return f"{getattr(owner, '__name__', owner)} ({path})"
-    return "the compiled function"
-
-
-@functools.cache
-def _say_how_to_select() -> None:
-    log.info('no pass is selected: routing is the model\'s own. Select one: options={"passes": ["dmoe"]}')
-
-
-@functools.cache
-def _source_hash(policies: tuple[bytes, ...] = ()) -> str:
-    """Return a hash of this package's sources and of policies': a changed rule must never be served from a cache."""
-    folders = (Path(each).parent for each in (__file__, pipeline.__file__, count_experts.__file__))
-    files = sorted(file for folder in folders for file in folder.glob("*.*") if file.suffix in {".py", ".cpp"})
-    return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), *policies])).hexdigest()
-
-
-def _written(policy: Policy) -> bytes:
-    """Return the source of a policy, or something that never comes again where there is none."""
-    try:
-        return Path(inspect.getfile(policy.coreset)).read_bytes()
-    except (OSError, TypeError):
-        return uuid.uuid4().bytes
-
-
 def _trace_artifact(name: str, gm: fx.GraphModule) -> None:
     trace_structured(
         "artifact",
@@ -484,7 +299,7 @@ def _trace_artifact(name: str, gm: fx.GraphModule) -> None:
 
 def _reset() -> None:
     """What torch._dynamo.reset() calls: CUDA graphs of a dropped compile must not be replayed."""
-    _notices.clear()
+    notices.forget()
     if torch.cuda.is_available():
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 

@@ -17,7 +17,8 @@ from dmoe_compile.machine import machine
 from dmoe_compile.passes import pipeline
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.cost import Machine, Verdict, judge
-from dmoe_compile.passes.sites import Site, Sources, find_sites, shape
+from dmoe_compile.passes.nodes import Sources, shape
+from dmoe_compile.passes.sites import Site, find_sites
 
 
 def verdicts(aten: fx.GraphModule, sources: Sources, example_inputs: Sequence[Any], config: Config) -> list[Verdict]:

@@ -19,24 +19,24 @@ from __future__ import annotations
 import ctypes
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dmoe_compile import auto_prepare, stacked_loops
 from dmoe_compile.blocks import observe, templates
-from dmoe_compile.replacement import KEY, Cut, cut_of, follow, install, let_go, settings_of, uninstall, why_stale
+from dmoe_compile.choosing import Prepared, Way, choose, confirm
+from dmoe_compile.replacement import KEY, Cut, cut_of, follow, install, let_go, uninstall, why_stale
 from dmoe_compile.stacking import NotStackableError, Stack
 from dmoe_compile.verify import (
     State,
     at_rest,
     distance,
     hidden_states,
-    is_telling,
     random_weights,
     routed_rows,
     tolerance,
@@ -46,27 +46,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _LISTS = (nn.ModuleList, nn.ModuleDict)
-_MAX_WAYS = 4  # that agree on the first input and are tried on all
-_Way = tuple[nn.Module, Cut, str]  # the module that it is installed in, what is, and words for it
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What became of one mixture-of-experts block.
-
-    Attributes:
-        name: the module's path in the model.
-        num_experts: E.
-        how: what was replaced, "" where nothing was.
-        reason: why it was left as it is, "" where something was replaced.
-        error: largest difference from the original, relative to its norm, over all that was compared.
-    """
-
-    name: str
-    num_experts: int
-    how: str = ""
-    reason: str = ""
-    error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -261,13 +240,13 @@ def _stacked(experts: nn.Module) -> Iterator[Stack]:
             let_go(experts)
 
 
-def _replace_loop(block: nn.Module, experts: nn.Module, stack: Stack, report: Prepared) -> tuple[Prepared, _Way | None]:
+def _replace_loop(block: nn.Module, experts: nn.Module, stack: Stack, report: Prepared) -> tuple[Prepared, Way | None]:
     """Find what the loop may be replaced by, or say why nothing may."""
     width, like = _router_width(block, experts), next(experts.parameters())
     assert width is not None
     inputs = hidden_states(like, width)
 
-    def ways() -> Iterator[_Way]:
+    def ways() -> Iterator[Way]:
         """Yield the calls that are seen, else templates of the whole block."""
         seen = observe(block, experts, inputs[0])
         for seam in seen.seams:
@@ -286,9 +265,9 @@ def _replace_loop(block: nn.Module, experts: nn.Module, stack: Stack, report: Pr
             return replace(report, reason=f"its experts change {changed} when they run"), None
         if of_experts > tolerance(like.dtype):
             return replace(report, reason=f"its experts, stacked, are off by {of_experts:.1e}"), None
-        done, way = _choose(block, ways, [(each,) for each in inputs], report, State(block, without=experts))
+        done, way = choose(block, ways, [(each,) for each in inputs], report, State(block, without=experts))
     done = replace(done, error=max(done.error, of_experts))
-    return _confirm(block, done, way, (inputs[0],), State(block, without=experts))
+    return confirm(block, done, way, (inputs[0],), State(block, without=experts))
 
 
 @contextmanager
@@ -350,101 +329,16 @@ def _prepare_stacked(name: str, module: nn.Module) -> Prepared | None:
     return refused[0]
 
 
-def _replace_stacked(module: nn.Module, call: stacked_loops.Call, report: Prepared) -> tuple[Prepared, _Way | None]:
+def _replace_stacked(module: nn.Module, call: stacked_loops.Call, report: Prepared) -> tuple[Prepared, Way | None]:
     inputs = stacked_loops.inputs(module, call)
     parameters = tuple(inspect.signature(module.forward).parameters)
     roles = dict(zip(call.order, parameters, strict=True))
 
-    def ways() -> Iterator[_Way]:
+    def ways() -> Iterator[Way]:
         for run in stacked_loops.implementations(module):
             yield module, Cut("forward", run, parameters, roles), f"{type(module).__name__}.forward()"
 
     weights = [*module.parameters(), *module.buffers()]
     with random_weights(weights):
-        done, way = _choose(module, ways, inputs, report, State(module))
-    return _confirm(module, done, way, inputs[0], State(module))
-
-
-# Choosing.
-
-
-def _choose(
-    module: nn.Module,
-    ways: Callable[[], Iterator[_Way]],
-    inputs: Sequence[tuple[Tensor, ...]],
-    report: Prepared,
-    state: State,
-) -> tuple[Prepared, _Way | None]:
-    """Return the way that agrees best of those that agree on the first input, or say that none agrees on all."""
-    expected = [_result(module, state, args) for args in inputs]
-    if not is_telling(expected[0][0]):
-        return replace(report, reason="on random weights it gives zeros, infinities or NaN: nothing to compare"), None
-    allowed = tolerance(next(module.parameters()).dtype)
-    tried = [(_error(module, way, state, inputs[:1], expected[:1]), way) for way in ways()]
-    near = sorted((each for each in tried if each[0] <= allowed), key=lambda each: each[0])[:_MAX_WAYS]
-    full = [(_error(module, way, state, inputs, expected), way) for _, way in near]
-    error, way = min(full, key=lambda each: each[0], default=(float("inf"), None))
-    if way is not None and error <= allowed:
-        owner, cut, how = way
-        changing = {path.rpartition(".")[2] for _, changed in expected for path in changed}
-        cut.settings = {name: value for name, value in settings_of(owner).items() if name not in changing}
-        return replace(report, how=how, error=error), way
-    nearest = min((each[0] for each in full or tried), default=float("inf"))
-    off = f"; the nearest is off by {nearest:.1e}" if nearest < float("inf") else ""
-    changes = ", ".join({path: None for _, changed in expected for path in changed})
-    return replace(
-        report, reason=f"its forward is of no known form{off}" + (f"; it changes {changes}" if changes else "")
-    ), None
-
-
-def _confirm(
-    module: nn.Module, done: Prepared, way: _Way | None, args: tuple[Tensor, ...], state: State
-) -> tuple[Prepared, _Way | None]:
-    """Compare once more, on the module's own weights, where these give anything to compare."""
-    if way is None or not is_telling((expected := _result(module, state, args))[0]):
-        return done, way
-    error = _error(module, way, state, [args], [expected])
-    if error > tolerance(next(module.parameters()).dtype):
-        return replace(done, how="", error=0.0, reason=f"{done.how} is off by {error:.1e} on its own weights"), None
-    return replace(done, error=max(done.error, error)), way
-
-
-def _result(module: nn.Module, state: State, args: tuple[Tensor, ...]) -> tuple[Any, dict[str, Any]]:
-    """Return what a module returns and what it changes."""
-    state.restore()
-    torch.manual_seed(0)  # a router that draws random numbers draws the same ones for every way
-    output = module.forward(*args)
-    return output, state.changed()
-
-
-def _error(
-    module: nn.Module,
-    way: _Way,
-    state: State,
-    inputs: Sequence[tuple[Tensor, ...]],
-    expected: Sequence[tuple[Any, dict[str, Any]]],
-) -> float:
-    """Return how far a module's results are from those it had before, with a replacement installed."""
-    owner, cut, _ = way
-    calls: list[int] = []
-
-    def run(hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        calls.append(len(hidden))
-        return cut.run(hidden, ids, weights)
-
-    worst = 0.0
-    for args, wanted in zip(inputs, expected, strict=True):
-        state.restore()
-        calls.clear()
-        install(owner, replace(cut, run=run))
-        try:
-            torch.manual_seed(0)
-            result = module.forward(*args), state.changed()
-        except Exception:  # a replacement that does not fit: it was a guess
-            return float("inf")
-        finally:
-            uninstall(owner)
-        if not calls:  # the module's own code ran
-            return float("inf")
-        worst = max(worst, distance(result, wanted))
-    return worst
+        done, way = choose(module, ways, inputs, report, State(module))
+    return confirm(module, done, way, inputs[0], State(module))

@@ -14,7 +14,6 @@ B: sequences; C: candidate rows a sequence; L: block length; V: vocabulary; P: p
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -22,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dmoe_compile.candidates import cold_tokens, filled_in, most_confident, verify
 from dmoe_compile.config import check_int
 from dmoe_compile.context import Denoising
+from dmoe_compile.kv_cache import aside, compact, mark_sizes
 
 if TYPE_CHECKING:
     from transformers import DynamicCache
@@ -190,7 +191,7 @@ class Decoder:
 
     def _block(self, number: int, start: int) -> Tensor:
         end = start + self.sampling.block_length
-        block = _Block(number, start, _compact(self.ids[:, start:end]), self.prompt[:, start:end])
+        block = _Block(number, start, compact(self.ids[:, start:end]), self.prompt[:, start:end])
         step = post = 0
         while self._unknown(block) and step < self.sampling.steps:
             if self.team is not None and self.team.speculate and block.seen is not None:
@@ -219,10 +220,10 @@ class Decoder:
     def _plain(self, kind: str, number: int, step: int, start: int, end: int) -> None:
         """Run what is known through the model for its keys and values."""
         self.context.plain()
-        ids = _compact(self.ids[:, start:end])
+        ids = compact(self.ids[:, start:end])
         self._run(ids, self.cache, start)
         for layer in self.cache.layers:
-            layer.keys, layer.values = (_compact(each) for each in (layer.keys, layer.values))
+            layer.keys, layer.values = (compact(each) for each in (layer.keys, layer.values))
         self._tell(Forward(number, step, kind, start, ids.unsqueeze(1)))
 
     def _denoise(self, block: _Block, step: int, *, last: bool = False) -> None:
@@ -230,7 +231,7 @@ class Decoder:
         before, first = block.ids, block.seen is None
         decoded, cold = self._masks(block, before)
         self._describe(decoded, cold, block.start, 1)
-        logits = self._run(before, _aside(self.cache), block.start)
+        logits = self._run(before, aside(self.cache), block.start)
         results = self._commit(logits, before, block.prompt, step, last=last)
         kind = "first" if first and self.team is not None else "denoise"
         choice = torch.zeros(len(before), dtype=torch.int64)
@@ -243,13 +244,13 @@ class Decoder:
         block.wide = self._widened() if block.wide is None else block.wide
         before = block.ids
         assert block.confidence is not None
-        places = _most_confident(self._masked(before), block.confidence, self.team)
+        places = most_confident(self._masked(before), block.confidence, self.team)
         guessed = block.tokens.gather(1, places)
-        candidates = _candidates(before, places, guessed, self._masked(before))  # [B, C, L]
+        candidates = filled_in(before, places, guessed, self._masked(before))  # [B, C, L]
         count = candidates.shape[1]
         decoded, cold = self._masks(block, candidates[:, -1])
         self._describe(decoded, cold, block.start, count)
-        logits = self._run(candidates.flatten(0, 1), _aside(block.wide), block.start)
+        logits = self._run(candidates.flatten(0, 1), aside(block.wide), block.start)
         prompt = block.prompt.repeat_interleave(count, 0)
         results = self._commit(logits, candidates.flatten(0, 1), prompt, step)
         _, tokens, _, moved = (each.unflatten(0, (-1, count)) for each in results)
@@ -350,7 +351,7 @@ class Decoder:
         padding = self.padding.repeat_interleave(count)
         positions = (columns - padding.unsqueeze(-1)).clamp(min=0)
         mask = self._attention(columns, padding, self._dtype())
-        _mark_sizes(cache, mask, ids, positions)
+        mark_sizes(cache, mask, ids, positions)
         arguments = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
         with torch._dynamo.config.patch(recompile_limit=limit):  # each number of rows has graphs of its own
@@ -363,11 +364,8 @@ class Decoder:
         length = self.sampling.block_length
         seen = (keys // length <= (columns // length).unsqueeze(-1)) & (keys >= padding[:, None, None])
         seen |= keys == columns.unsqueeze(-1)  # padding sees itself: a row that sees nothing would be NaN
-        return (
-            torch.zeros(seen.shape, dtype=dtype, device=columns.device)
-            .masked_fill(~seen, torch.finfo(dtype).min)
-            .unsqueeze(1)
-        )
+        added = torch.zeros(seen.shape, dtype=dtype, device=columns.device)
+        return added.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
     def _dtype(self) -> torch.dtype:
         owner = getattr(self.forward, "__self__", self.forward)
@@ -376,7 +374,7 @@ class Decoder:
     def _widened(self) -> DynamicCache:
         """Return the cache with a row for every candidate."""
         assert self.team is not None
-        wide = _aside(self.cache)
+        wide = aside(self.cache)
         if wide.get_seq_length():
             wide.batch_repeat_interleave(2**self.team.candidates)
         return wide
@@ -400,88 +398,3 @@ def _scheduler(sampling: Sampling) -> Any:
 
         made._sample_from_logits = sampled
     return made
-
-
-def _aside(cache: DynamicCache) -> DynamicCache:
-    """Return a cache of the same tensors: what a forward adds to it does not reach `cache`."""
-    aside = copy.copy(cache)
-    aside.layers = [copy.copy(layer) for layer in cache.layers]  # a layer never writes to its tensors: it replaces them
-    return aside
-
-
-def _compact(x: Tensor) -> Tensor:
-    """Return a tensor of the strides that follow from its shape, which Dynamo guards on: also those of sizes of 1."""
-    usual = torch.empty(x.shape, device="meta").stride()
-    return x if x.stride() == usual else x.clone(memory_format=torch.contiguous_format)
-
-
-def cold_tokens(masked: Tensor, known: Tensor, confidence: Tensor, team: Options) -> Tensor:
-    """Return the masked tokens that nothing speaks for, [B, L] bool: far from known ones, unsure, none of the surest.
-
-    Args:
-        masked: [B, L] bool, tokens that are not known yet.
-        known: [B, L] bool, those that are, and those that are speculated on.
-        confidence: [B, L], probability of each token's prediction in the last step.
-        team: `distance`, `confidence` and `candidates`.
-    """
-    cold = masked & (_distance(known) > team.distance) & (confidence < team.confidence)
-    return cold.scatter(1, _most_confident(masked, confidence, team), False)
-
-
-def _most_confident(masked: Tensor, confidence: Tensor, team: Options) -> Tensor:
-    """Return the positions of the most confident masked tokens, best first, [B, team.candidates]."""
-    sure = torch.where(masked, confidence.float(), -torch.inf)
-    return sure.topk(min(team.candidates, sure.shape[1]), dim=1).indices
-
-
-def verify(predicted: Tensor, moved: Tensor, places: Tensor) -> Tensor:
-    """Return the candidate of each sequence that the next step goes on from, [B] int64.
-
-    Args:
-        predicted: [B, C, L], what each candidate predicts; where it was given a token, that token.
-        moved: [B, C, L] bool, what each candidate commits.
-        places: [B, n], the positions that were filled in: the first in candidate 1, the second in 2, both in 3.
-    """
-
-    def agrees(one: int, other: int, place: int) -> Tensor:
-        at = places[:, place : place + 1]
-        first, second = predicted[:, one].gather(1, at), predicted[:, other].gather(1, at)
-        return (moved[:, one].gather(1, at) & (first == second)).squeeze(1)
-
-    first = agrees(0, 1, 0)
-    choice = first.long()
-    if predicted.shape[1] == 2:
-        return choice
-    second = agrees(0, 2, 1)
-    both = (first & second) | (first & agrees(1, 2, 1)) | (second & agrees(2, 1, 0))
-    choice = torch.where(~first & second, 2, choice)
-    return torch.where(both, 3, choice)
-
-
-def _candidates(ids: Tensor, places: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Return the candidates of each block, [B, C, L]: as it is, with the first token, the second, both."""
-    rows = [ids]
-    for i in range(places.shape[1]):
-        at = places[:, i : i + 1]
-        token = torch.where(masked.gather(1, at), tokens[:, i : i + 1], ids.gather(1, at))
-        rows += [row.scatter(1, at, token) for row in rows]
-    return torch.stack(rows, 1)
-
-
-def _distance(known: Tensor) -> Tensor:
-    """Return how far each position is from the nearest known one, [B, L] int64; L where none is known."""
-    length = known.shape[1]
-    places = torch.arange(length, device=known.device)
-    apart = (places.unsqueeze(0) - places.unsqueeze(1)).abs()
-    return torch.where(known.unsqueeze(1), apart, length).amin(-1)
-
-
-def _mark_sizes(cache: DynamicCache, mask: Tensor, *others: Tensor) -> None:
-    """Tell Dynamo that the cache grows and rows don't: one graph for all lengths, not one each until it gives up."""
-    stored = [each for layer in cache.layers for each in (layer.keys, layer.values) if isinstance(each, Tensor)]
-    stored = [each for each in stored if each.dim() == 4]
-    for each in (mask, *others, *stored):
-        torch._dynamo.mark_static(each, 0)
-    for each in stored:
-        torch._dynamo.maybe_mark_dynamic(each, 2)
-    torch._dynamo.maybe_mark_dynamic(mask, 3)

@@ -126,26 +126,7 @@ def generate(
     Raises:
         ValueError: for arguments out of range, or a token id that is needed and not known.
     """
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        if config is not None:
-            raise ValueError(
-                "config= is for a model that is not compiled yet, and this one is: leave config out, or give the model "
-                "that torch.compile() was given"
-            )
-        config = backend.config_of(model)
-    elif getattr(model, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            "the model was compiled by model.compile(), which hides its options: give generate() what "
-            'torch.compile(model, backend="dmoe", ...) returns, or the model and config='
-        )
-    elif config is not None:
-        config = replace(config, stats=True) if trace is not None else config
-        model = backend.compile(model, config)
-    if getattr(model, "training", False):
-        raise ValueError(
-            "the model is in training mode, where dropout and the like are random; call model.eval() first"
-        )
-    loading.check_values(model)
+    model, config = _runnable(model, config, counts=trace is not None)
     facts = _facts(model)
     stops = facts.get("eos_token_id") if eos_token_id is None else eos_token_id
     stops = stops.tolist() if isinstance(stops, Tensor) else stops
@@ -186,6 +167,36 @@ def generate(
         result = replace(answers.result(), forwards=dict(seen.kinds), unique_experts=seen.mean())
         write({"kind": "end", "lengths": result.lengths, "forwards": result.forwards})
     return result
+
+
+def _runnable(model: Any, config: Config | None, *, counts: bool) -> tuple[Any, Config | None]:
+    """Return what is called, compiled if that is asked for, and the options that it has.
+
+    Args:
+        model, config: as generate() takes them.
+        counts: whether a model that is compiled here counts its experts.
+    """
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        if config is not None:
+            raise ValueError(
+                "config= is for a model that is not compiled yet, and this one is: leave config out, or give the model "
+                "that torch.compile() was given"
+            )
+        config = backend.config_of(model)
+    elif getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "the model was compiled by model.compile(), which hides its options: give generate() what "
+            'torch.compile(model, backend="dmoe", ...) returns, or the model and config='
+        )
+    elif config is not None:
+        config = replace(config, stats=True) if counts else config
+        model = backend.compile(model, config)
+    if getattr(model, "training", False):
+        raise ValueError(
+            "the model is in training mode, where dropout and the like are random; call model.eval() first"
+        )
+    loading.check_values(model)
+    return model, config
 
 
 def _stream(

@@ -20,7 +20,7 @@ from torch.fx._lazy_graph_module import _make_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dmoe_compile.passes.sites import Sources
+from dmoe_compile.passes.nodes import Sources
 
 _SELECTIONS = {"topk", "sort", "argsort", "argmax", "max"}
 _INPUT_META = ("tensor_dict", "grapharg")  # what AOTAutograd reads off Dynamo's placeholders: static inputs, sources

@@ -22,8 +22,8 @@ from diffusers.callbacks import PipelineCallback
 from torch import Tensor, nn
 
 from dmoe_compile import backend
+from dmoe_compile.candidates import cold_tokens
 from dmoe_compile.context import Denoising, StepStats
-from dmoe_compile.decoding import cold_tokens
 from dmoe_compile.passes.team import Options
 
 

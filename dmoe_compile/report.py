@@ -12,7 +12,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
-from dmoe_compile import auto_prepare, backend, loading
+from dmoe_compile import auto_prepare, backend, loading, notices
 from dmoe_compile.config import Config
 from dmoe_compile.passes.constrain import Outcome
 from dmoe_compile.passes.cost import formula
@@ -179,7 +179,7 @@ class _Watch:
         self.refusals: list[Refusal] = []
         self.counts: list[Sequence[int] | None] = []  # as passes/count.py has them
         self.graphs = 0
-        self.notices = backend.Notices()
+        self.notices = notices.Notices()
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
@@ -238,11 +238,11 @@ def _verify(model: Any, config: Config, args: tuple[Any, ...], kwargs: Mapping[s
 @contextmanager
 def _silenced() -> Iterator[None]:
     """Keep the backend from logging what the report says."""
-    disabled, backend.log.disabled = backend.log.disabled, True
+    disabled, notices.log.disabled = notices.log.disabled, True
     try:
         yield
     finally:
-        backend.log.disabled = disabled
+        notices.log.disabled = disabled
 
 
 def _site_report(outcome: Outcome, before: Sequence[int] | None, after: Sequence[int] | None) -> SiteReport:

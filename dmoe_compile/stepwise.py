@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 
 from dmoe_compile import context as contexts
-from dmoe_compile.passes.constrain import Layout
+from dmoe_compile.passes.layouts import Layout
 from dmoe_compile.passes.pipeline import Findings
 from dmoe_compile.passes.team import Denoised, Options
 from dmoe_compile.runtime import recorder, recording

@@ -8,9 +8,12 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import re
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+_INCLUDE = re.compile(r'^#include "(\w+\.h)"$', re.MULTILINE)
 
 
 @functools.cache
@@ -42,5 +45,13 @@ def _warn(name: str, error: str, words: str) -> None:
 
 
 def source(name: str) -> str:
-    """Return the source of kernels/<name>.cpp."""
-    return Path(__file__).with_name(f"{name}.cpp").read_text()
+    """Return the source of kernels/<name>.cpp with headers of ours in it: the cache goes by the whole of it."""
+    included: set[str] = set()
+
+    def read(file: str) -> str:
+        if file in included:
+            return ""
+        included.add(file)
+        return _INCLUDE.sub(lambda found: read(found[1]), Path(__file__).with_name(file).read_text())
+
+    return read(f"{name}.cpp")

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import sympy
-from dmoe_compile.passes.sites import Site, shape
+from dmoe_compile.passes.nodes import shape
+from dmoe_compile.passes.sites import Site
 
 T, K, U, H, WIDTH, M, BYTES, BANDWIDTH, PEAK = sympy.symbols("T k U H I m b B P", positive=True)
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from dmoe_compile.kernels.count_experts import count_experts  # also registers dmoe::count_experts
-from dmoe_compile.passes.constrain import Kind, Layout, Tracer, layout_arguments
 from dmoe_compile.passes.coreset import are_sound
+from dmoe_compile.passes.inline import Tracer
+from dmoe_compile.passes.layouts import Kind, Layout, layout_arguments
 from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 

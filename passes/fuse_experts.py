@@ -15,18 +15,18 @@ weights of another dtype than hidden states; and what check() of the kernels doe
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from dmoe_compile.kernels.experts_cpu import Operands, check, reference  # also registers dmoe::experts_cpu
-from dmoe_compile.passes.constrain import Tracer
-from dmoe_compile.passes.inline import between
-from dmoe_compile.passes.region import Region, cut, hints, made_up, scalars
-from dmoe_compile.passes.sites import FACTORIES, VIEWS, Site, Sources, packet, shape
+from dmoe_compile.passes.inline import Tracer, between
+from dmoe_compile.passes.nodes import FACTORIES, VIEWS, Sources, packet, shape
+from dmoe_compile.passes.readings import Bank, readings
+from dmoe_compile.passes.region import Region, cut, hints, made_up
+from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import optimization_hint, statically_known_true
@@ -35,36 +35,10 @@ aten = torch.ops.aten
 _SHAPE_ONLY = VIEWS - {aten._to_copy, torch.ops.prims.convert_element_type, aten.slice, aten.select}
 SYMBOLIC = "its sizes are symbolic, and the fused kernel is chosen by them: compile with dynamic=False"
 _MAX_MADE_UP = 2**24  # elements of weights that are made up where the model's own can't be seen
-_CLAMPS = {aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum}
 _SPREADS = (1.0, 30.0)  # of random tokens: clamps and soft caps show only in large numbers
 _MAX_CHECK_BYTES = 4 * 2**30  # of the largest value in a site's own code: gathered weights of all pairs
 # Relative error, root mean square, against fp32: three roundings of half a unit each, and tf32 where it is allowed.
 _TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-3, torch.bfloat16: 1.2e-2}
-
-
-@dataclass(frozen=True)
-class Form:
-    """How experts are computed; see kernels/experts_cpu.py, whose last arguments these are."""
-
-    layout: str
-    transposed: bool
-    down_transposed: bool
-    activation: str
-    alpha: float = 0.0
-    limit: float = 0.0
-
-    @property
-    def arguments(self) -> tuple[Any, ...]:
-        return self.layout, self.transposed, self.down_transposed, self.activation, self.alpha, self.limit
-
-
-@dataclass(frozen=True)
-class Bank:
-    """The operands of a site's experts: graph nodes, weights in the order of the op's arguments, and their form."""
-
-    hidden: fx.Node
-    weights: tuple[fx.Node | None, ...]  # gate_up, up, down, gate_up_bias, up_bias, down_bias
-    form: Form
 
 
 @dataclass
@@ -103,24 +77,23 @@ class Reader:
         devices = {node.meta["val"].device for node in operands if not _is_number(node)}
         if len(devices) > 1:
             return f"its hidden states, routing and weights are on {len(devices)} devices: {_listed(devices)}"
-        readings = [Bank(hidden, weights, form) for weights, form in _readings(site, region, hidden)]
-        readings = [bank for bank in readings if _fits(site, bank)]
-        if not readings:
+        fitting = [bank for bank in readings(region, hidden) if _fits(site, bank)]
+        if not fitting:
             return "its experts are no two or three matrices with an activation that the fused kernel knows"
         if not self.verify:
-            return readings[0]
+            return fitting[0]
         key = region.key
         if key not in self.known:
-            self.known[key] = self._check(site, region, readings)
+            self.known[key] = self._check(site, region, fitting)
         found = self.known[key]
-        return found if isinstance(found, str) else readings[found]
+        return found if isinstance(found, str) else fitting[found]
 
     def _is_weight(self, node: fx.Node, site: Site) -> bool:
         is_parameter = node.op == "get_attr" or node.name in self.sources.parameters
         dims = shape(node) or ()
         return is_parameter and len(dims) in (2, 3) and dims[0] == site.num_experts
 
-    def _check(self, site: Site, region: Region, readings: Sequence[Bank]) -> int | str:
+    def _check(self, site: Site, region: Region, banks: Sequence[Bank]) -> int | str:
         """Return which reading computes what the region does on random tokens, or why none is taken."""
         largest = max(
             prod(hints(value.shape)) * value.element_size() for node in region.nodes for value in _tensors(node)
@@ -147,7 +120,7 @@ class Reader:
             if not own.isfinite().all() or not own.any():
                 return "its experts make nothing but zeros, or numbers that are not finite, of random tokens"
             rows = hidden.reshape(own.shape), ids.reshape(-1, site.top_k), routing.reshape(-1, site.top_k)
-            for i, bank in enumerate(readings):
+            for i, bank in enumerate(banks):
                 if i in wrong:
                     continue
                 operands: Any = (None if node is None else weights[node][few] for node in bank.weights)
@@ -155,7 +128,7 @@ class Reader:
                 off = float((computed - own).norm() / own.norm())
                 if not off <= _TOLERANCE[hidden.dtype]:
                     wrong[i] = f"{bank.form.activation} {bank.form.layout}: off by {off:.2g}"
-        right = [i for i in range(len(readings)) if i not in wrong]
+        right = [i for i in range(len(banks)) if i not in wrong]
         if right:
             return right[0]
         return f"its experts compute something else than the fused kernel ({'; '.join(wrong.values())})"
@@ -296,119 +269,6 @@ def _is_static(node: fx.Node, sources: Sources, depth: int = 8) -> bool:
     if node.op != "call_function":
         return node.op == "get_attr" or node.name in sources.parameters
     return depth > 0 and all(_is_static(parent, sources, depth - 1) for parent in node.all_input_nodes)
-
-
-def _readings(site: Site, region: Region, hidden: fx.Node) -> Iterator[tuple[tuple[fx.Node | None, ...], Form]]:
-    """Yield what the weights of a region may be, likeliest first: by their order of use, shapes and operations."""
-    width = _size(hidden, -1)
-    order = _by_use(region)
-    matrices = [leaf for leaf in order if len(shape(leaf) or ()) == 3]
-    biases = [leaf for leaf in order if len(shape(leaf) or ()) == 2]
-    if len(matrices) not in (2, 3) or len(biases) > 3:
-        return
-    *first, down = matrices
-    sliced = any(packet(node) is aten.slice and node.args[4:] and node.args[4] != 1 for node in region.nodes)
-    layouts = ["interleaved", "concatenated"] if sliced else ["concatenated", "interleaved"]
-    for transposed, down_transposed in itertools.product(_orders(first[0], region), _orders(down, region)):
-        rows = _size(first[0], 1 if not transposed else 2)
-        inner = _size(down, 2 if not down_transposed else 1)
-        if (
-            _size(first[0], 2 if not transposed else 1) != width
-            or _size(down, 1 if not down_transposed else 2) != width
-        ):
-            continue
-        if len(first) == 2:
-            fitting = ["separate"] if rows == inner else []
-        else:
-            fitting = layouts if rows == 2 * inner else ["plain"] if rows == inner else []
-        for layout, activation in itertools.product(fitting, _activations(region)):
-            form = Form(layout, transposed, down_transposed, *activation)
-            pairs = [(first[0], None)] if len(first) == 1 else [(first[0], first[1]), (first[1], first[0])]
-            for (gate_up, up), of_biases in itertools.product(pairs, _bias_orders(biases, rows, inner, width, layout)):
-                of_gate, of_up, of_down = of_biases
-                if gate_up is not first[0]:
-                    of_gate, of_up = of_up, of_gate
-                yield (gate_up, up, down, of_gate, of_up, of_down), form
-
-
-def _by_use(region: Region) -> list[fx.Node]:
-    """Return the weights of a region in the order in which they are first used for more than being moved."""
-    position = {node: i for i, node in enumerate(region.nodes)}
-
-    def first_use(leaf: fx.Node) -> int:
-        stack, found = [leaf], [len(position)]
-        while stack:
-            for user in stack.pop().users:
-                if user not in position:
-                    continue
-                if packet(user) in VIEWS or packet(user) in (aten.index, aten.index_select, aten.gather):
-                    stack.append(user)
-                else:
-                    found.append(position[user])
-        return min(found)
-
-    return sorted(region.leaves, key=first_use)
-
-
-def _orders(weight: fx.Node, region: Region) -> list[bool]:
-    """Return whether a weight may lie transposed, likelier first.
-
-    linear(x, W) and W @ x read W as [out, in], x @ W as [in, out]; a transpose on the way turns that round.
-    """
-    inside, node, swapped = set(region.nodes), weight, False
-    while True:
-        users = [user for user in node.users if user in inside]
-        if not users:
-            return [False, True]
-        (user, *_) = users
-        swapped ^= packet(user) in (aten.t, aten.transpose, aten.permute)
-        if packet(user) in VIEWS or packet(user) in (aten.index, aten.index_select):
-            node = user
-            continue
-        is_first = bool(user.all_input_nodes) and user.all_input_nodes[0] is node and packet(user) is aten.bmm
-        likely = not swapped and not is_first and packet(user) is not aten.linear
-        return [likely, not likely]
-
-
-def _activations(region: Region) -> Iterator[tuple[Any, ...]]:
-    """Yield (name, alpha, limit) of the activations that a region's operations may be."""
-    ops = {packet(node) for node in region.nodes}
-    if ops & _CLAMPS and not (aten.sigmoid in ops and aten.silu not in ops):
-        return  # of the fused kernel's activations, gpt-oss's alone is clamped
-    if aten.silu in ops:
-        yield ("silu",)
-    for node in region.nodes:
-        if packet(node) is aten.gelu:
-            yield ("gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu",)
-    if aten.relu in ops:
-        yield ("relu2",) if aten.pow in ops or aten.square in ops else ("relu",)
-        yield ("relu2",)
-    if aten.sigmoid in ops:
-        limits = scalars(region.nodes, aten.clamp) + scalars(region.nodes, aten.clamp_max)
-        for limit, alpha in itertools.product(limits, scalars(region.nodes, aten.mul)):
-            if limit > 0:
-                yield "swigluoai", alpha, limit
-        if not ops & _CLAMPS:
-            yield ("silu",)
-
-
-def _bias_orders(
-    biases: Sequence[fx.Node], rows: int, inner: int, width: int, layout: str
-) -> Iterator[tuple[fx.Node | None, ...]]:
-    """Yield (gate_up_bias, up_bias, down_bias) that fit, biases in their order of use."""
-    sizes = (rows, inner, width)
-    for slots in itertools.combinations(range(3), len(biases)):
-        chosen: list[fx.Node | None] = [None, None, None]
-        for slot, bias in zip(slots, biases, strict=True):
-            chosen[slot] = bias
-        fits = all(bias is None or _size(bias, 1) == size for bias, size in zip(chosen, sizes, strict=True))
-        if fits and (chosen[1] is None or layout == "separate"):
-            yield tuple(chosen)
-
-
-def _size(node: fx.Node, dim: int) -> int:
-    size: int = node.meta["val"].shape[dim]
-    return size
 
 
 def _tensors(node: fx.Node) -> list[Tensor]:

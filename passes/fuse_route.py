@@ -20,9 +20,10 @@ from typing import Any
 
 import torch
 from dmoe_compile.kernels.limits import DENSE_TOKENS, LISTED_TOKENS
-from dmoe_compile.passes.constrain import Layout, Settings, Tracer
+from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.fuse_experts import SYMBOLIC, Reader
-from dmoe_compile.passes.inline import between
+from dmoe_compile.passes.inline import Tracer, between
+from dmoe_compile.passes.layouts import Layout
 from dmoe_compile.passes.policies import find_policy, policy_names
 from dmoe_compile.passes.region import Region, cut, made_up, scalars
 from dmoe_compile.passes.sites import Site
@@ -104,7 +105,9 @@ def route(
     tracer: Tracer,
 ) -> Routed | str:
     """Replace a site's ids and weights by the op's, or say why it does not take them; the graph is as it was then."""
-    from dmoe_compile.kernels.route import unsupported  # imports triton, which CPU builds of torch do not bring
+    # Here, as both import triton, which CPU builds of torch do not bring.
+    from dmoe_compile.kernels import route  # noqa: F401  # registers dmoe::route
+    from dmoe_compile.kernels.route_arguments import unsupported
 
     batch, seq = where.batch, where.seq
     if where.mask is not None and (method[0] != "own" or where.step is not None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -95,3 +96,35 @@ def inserted(start: fx.Node, end: fx.Node) -> list[fx.Node]:
         nodes.append(node)
         node = node.next
     return nodes
+
+
+@dataclass
+class Tracer:
+    """Traces rules for one graph; sites that are alike share a trace unless `share` is off.
+
+    A joint graph must not share: the partitioner reads aliasing off the storage of the fake values.
+    """
+
+    decompositions: Decompositions = None
+    share: bool = True
+    _bodies: dict[Any, fx.Graph] = field(default_factory=dict)
+
+    def insert(
+        self, graph: fx.Graph, before: fx.Node, rule: Callable[..., Any], args: Sequence[Argument], key: object
+    ) -> list[fx.Node]:
+        """Inline `rule` ahead of a node and return its results; `key` is what tells it from other rules."""
+        key = (key, *(_signature(arg) for arg in args))
+        body = self._bodies.get(key)
+        if body is None:
+            body = trace(rule, args, self.decompositions)
+            if self.share:
+                self._bodies[key] = body
+        return inline(graph, before, body, args)
+
+
+def _signature(arg: Argument) -> object:
+    """Return what a trace depends on: the type of an argument, not which node it is."""
+    value = arg.meta["val"] if isinstance(arg, fx.Node) else arg
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(map(str, value.shape)), tuple(map(str, value.stride())), value.device
+    return str(value)

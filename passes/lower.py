@@ -22,11 +22,14 @@ from typing import Any, Literal
 import torch
 from dmoe_compile.kernels.experts_cpu import available
 from dmoe_compile.kernels.limits import MAX_TOKENS
-from dmoe_compile.passes.constrain import Layout, Outcome, Settings, Tracer, describe
+from dmoe_compile.passes.constrain import Outcome, Settings, describe
 from dmoe_compile.passes.cost import GPUS, Gpu, reading_limits
-from dmoe_compile.passes.fuse_experts import SYMBOLIC, Bank, Fused, Reader, fuse
+from dmoe_compile.passes.fuse_experts import SYMBOLIC, Fused, Reader, fuse
 from dmoe_compile.passes.fuse_route import Routed, Router, method_of, read, route
+from dmoe_compile.passes.inline import Tracer
+from dmoe_compile.passes.layouts import Layout
 from dmoe_compile.passes.limit import DECODED
+from dmoe_compile.passes.readings import Bank
 from dmoe_compile.passes.region import hints
 from dmoe_compile.passes.sites import Refusal, Site
 from torch import Tensor, fx

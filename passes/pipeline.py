@@ -9,15 +9,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from dmoe_compile.passes.constrain import Layout, Method, Outcome, Settings, Tracer, constrain, find_layouts
+from dmoe_compile.passes.constrain import Method, Outcome, Settings, constrain
 from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.count import count_tokens
-from dmoe_compile.passes.fuse_experts import Bank, Fused
+from dmoe_compile.passes.fuse_experts import Fused
 from dmoe_compile.passes.fuse_route import Routed
-from dmoe_compile.passes.inline import Decompositions
+from dmoe_compile.passes.inline import Decompositions, Tracer
+from dmoe_compile.passes.layouts import Layout, find_layouts
 from dmoe_compile.passes.lower import Lowering
+from dmoe_compile.passes.nodes import Sources
 from dmoe_compile.passes.policies import find_policy, policy_names
-from dmoe_compile.passes.sites import Refusal, Site, Sources, find_sites
+from dmoe_compile.passes.readings import Bank
+from dmoe_compile.passes.sites import Refusal, Site, find_sites
 from dmoe_compile.passes.team import Denoised, State, add_step, reuse
 from dmoe_compile.passes.top_any import Dropped, drop
 from torch import Tensor, fx

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from dmoe_compile.passes.sites import FACTORIES, packet, shape
+from dmoe_compile.passes.nodes import FACTORIES, packet, shape
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import optimization_hint
 

@@ -16,10 +16,10 @@ import operator
 from collections.abc import Iterator
 
 import torch
-from dmoe_compile.passes.constrain import Tracer
-from dmoe_compile.passes.inline import between
+from dmoe_compile.passes.inline import Tracer, between
 from dmoe_compile.passes.limit import DECODED
-from dmoe_compile.passes.sites import Site, packet, shape
+from dmoe_compile.passes.nodes import packet, shape
+from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 
 aten = torch.ops.aten

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 from dmoe_compile.kernels import store  # noqa: F401  # registers dmoe::store
-from dmoe_compile.passes.constrain import Layout, Step, Tracer
 from dmoe_compile.passes.fuse_experts import Fused
-from dmoe_compile.passes.inline import inserted
+from dmoe_compile.passes.inline import Tracer, inserted
+from dmoe_compile.passes.layouts import Layout, Step
 from dmoe_compile.passes.limit import DECODED
 from dmoe_compile.passes.sites import Site
 from dmoe_compile.passes.skip import skip

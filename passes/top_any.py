@@ -23,9 +23,9 @@ from math import prod
 from typing import Any
 
 import torch
-from dmoe_compile.passes.constrain import Tracer
-from dmoe_compile.passes.inline import between, inserted
-from dmoe_compile.passes.sites import Site, packet
+from dmoe_compile.passes.inline import Tracer, between, inserted
+from dmoe_compile.passes.nodes import packet
+from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 

@@ -11,9 +11,10 @@ from torch import fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.compile_fx import compile_fx
 
-from dmoe_compile.backend import JointPass, Notices
 from dmoe_compile.config import Config
+from dmoe_compile.joint import JointPass
 from dmoe_compile.normalise import normalise
+from dmoe_compile.notices import Notices
 
 Found = tuple[list[Site], list[Refusal]]
 

@@ -16,7 +16,9 @@ from torch import Tensor, fx
 
 import dmoe_compile
 import zoo
-from dmoe_compile import Config, backend, calibrate
+from dmoe_compile import Config, calibrate
+from dmoe_compile.joint import JointPass
+from dmoe_compile.notices import Notices
 from reference_model import Rewriting
 from test_backend import ATEN, BLOCK, INDUCTOR, TinyMoE
 
@@ -114,8 +116,8 @@ def test_with_gradients() -> None:
 
 
 def test_what_pays_is_part_of_what_compiled_code_is_cached_by() -> None:
-    gm, config, notices = fx.symbolic_trace(torch.nn.Identity()), Config(passes="auto"), backend.Notices()
-    pays, does_not = (backend.JointPass(config, gm, notices, [Verdict(each, "")]).uuid() for each in (True, False))
+    gm, config, notices = fx.symbolic_trace(torch.nn.Identity()), Config(passes="auto"), Notices()
+    pays, does_not = (JointPass(config, gm, notices, [Verdict(each, "")]).uuid() for each in (True, False))
     assert pays != does_not
 
 

@@ -21,7 +21,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.testing import assert_close
 
 import dmoe_compile
-from dmoe_compile import Config, backend
+from dmoe_compile import Config, backend, joint
+from dmoe_compile.joint import JointPass
+from dmoe_compile.notices import Notices, say_how_to_select
 
 BLOCK = 8
 POLICY = Options(top_p=0.3, min_experts=3)  # 3 of 8 experts: every block of 8 tokens would use more
@@ -188,7 +190,7 @@ def as_rewritten(config):
     """A backend that runs the rewritten graph without lowering it."""
 
     def run(gm, example_inputs):
-        rewritten, _ = backend.rewrite(gm, example_inputs, config, backend.Notices())
+        rewritten, _ = backend.rewrite(gm, example_inputs, config, Notices())
         return rewritten.forward
 
     return run
@@ -414,7 +416,7 @@ def test_a_site_left_alone_is_plain_inductor(x, handed, warnings):
 @torch.no_grad()
 def test_the_default_says_once_how_to_select_a_pass(x, caplog):
     caplog.set_level(logging.INFO, "dmoe_compile")
-    backend._say_how_to_select.cache_clear()
+    say_how_to_select.cache_clear()
     compiled(NoMoE())(x)
     torch._dynamo.reset()
     compiled(NoMoE())(x)
@@ -674,9 +676,7 @@ def test_uuid_says_all_that_the_joint_graph_depends_on(monkeypatch):
         graph = torch.fx.Graph()
         graph.placeholder("x")._dynamo_source = _Source(path)
         graph.output(())
-        return backend.JointPass(
-            Config.from_options(options), torch.fx.GraphModule({}, graph), backend.Notices()
-        ).uuid()
+        return JointPass(Config.from_options(options), torch.fx.GraphModule({}, graph), Notices()).uuid()
 
     one = uuid()
     assert uuid() == one
@@ -689,7 +689,7 @@ def test_uuid_says_all_that_the_joint_graph_depends_on(monkeypatch):
         uuid(path="L['y']"),
         uuid(path="L['self']._parameters['x']"),
     ]
-    monkeypatch.setattr(backend, "_source_hash", lambda _: "other sources")
+    monkeypatch.setattr(joint, "_source_hash", lambda _: "other sources")
     others.append(uuid())
     assert len({one, *others}) == 1 + len(others)
 
@@ -698,6 +698,6 @@ def test_source_hash_follows_a_changed_rule(monkeypatch, tmp_path):
     here = tmp_path / "pipeline.py"
     here.write_text("rule = 1")
     monkeypatch.setattr(pipeline, "__file__", str(here))
-    before = backend._source_hash.__wrapped__()
+    before = joint._source_hash.__wrapped__()
     here.write_text("rule = 2")
-    assert backend._source_hash.__wrapped__() != before
+    assert joint._source_hash.__wrapped__() != before

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from dmoe_compile.passes.constrain import Layout
-from dmoe_compile.passes.sites import shape
+from dmoe_compile.passes.layouts import Layout
+from dmoe_compile.passes.nodes import shape
 from torch import Tensor, nn
 from torch.testing import assert_close
 

@@ -11,9 +11,9 @@ from functools import partial
 import hypothesis.strategies as st
 import pytest
 import torch
-from dmoe_compile.passes.constrain import voting_tokens
 from dmoe_compile.passes.coreset import Blocks, choose, penalise, restrict, restrict_groups, unroute
 from dmoe_compile.passes.dmoe import Options, coreset
+from dmoe_compile.passes.layouts import voting_tokens
 from hypothesis import given
 from torch import Tensor
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from dmoe_compile.passes.constrain import Tracer
 from dmoe_compile.passes.count import count_tokens
+from dmoe_compile.passes.inline import Tracer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
-from dmoe_compile.decoding import Decoder, Forward, Sampling, _candidates, _distance, verify
+from dmoe_compile.candidates import _distance, filled_in, verify
+from dmoe_compile.decoding import Decoder, Forward, Sampling
 from test_backend import ATEN
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -250,7 +251,7 @@ def test_verification_of_one_guess() -> None:
 
 def test_candidates_fill_in_masked_places_only() -> None:
     ids = torch.tensor([[MASK, 3, MASK]])
-    rows = _candidates(ids, torch.tensor([[2, 1]]), torch.tensor([[8, 9]]), ids == MASK)
+    rows = filled_in(ids, torch.tensor([[2, 1]]), torch.tensor([[8, 9]]), ids == MASK)
     assert rows.tolist() == [[[MASK, 3, MASK], [MASK, 3, 8], [MASK, 3, MASK], [MASK, 3, 8]]]
 
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from dmoe_compile.kernels import experts as module
 from dmoe_compile.kernels import experts_cpu
-from dmoe_compile.kernels.experts import MOST_PARTIALS, TARGETS, default_config, experts, launch
+from dmoe_compile.kernels.experts import experts, launch
 from dmoe_compile.kernels.experts_cpu import Operands
 from dmoe_compile.kernels.limits import DENSE_TOKENS, LISTED_TOKENS
+from dmoe_compile.kernels.tiles import MOST_PARTIALS, TARGETS, default_config
 from torch import Tensor
 from torch._library.triton import get_triton_kernels_for_op
 from torch._subclasses import FakeTensorMode

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from dmoe_compile.kernels.experts_cpu import launch
 from dmoe_compile.passes import fuse_experts
-from dmoe_compile.passes.fuse_experts import Form
+from dmoe_compile.passes.readings import Form
 from dmoe_compile.passes.region import Region
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed

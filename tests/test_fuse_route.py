@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from dmoe_compile.passes import des, dmoe
-from dmoe_compile.passes.constrain import Layout, Settings
+from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.fuse_experts import Reader
 from dmoe_compile.passes.fuse_route import Router, method_of, read, routed
+from dmoe_compile.passes.layouts import Layout
 from dmoe_compile.passes.sites import find_sites
 from torch import Tensor, nn
 

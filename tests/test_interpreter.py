@@ -469,6 +469,7 @@ def _attributes() -> dict[str, Any]:
     spaces: list[Any] = [*_PATCHED, stock, stock.InterpreterBuilder, stock.interpreter_semantic, tl.standard]
     spaces += [stock.ReduceOps, stock.ScanOps]
     found = {f"{space!r}.{name}": value for space in spaces for name, value in vars(space).items()}
+    found = {name: value for name, value in found.items() if not name.endswith(".__slotnames__")}  # pickle's cache
     return found | {"interpret": triton.knobs.runtime.interpret, "environment": os.environ.get("TRITON_INTERPRET")}
 
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from dmoe_compile.kernels.limits import MAX_TOKENS
 from dmoe_compile.passes import lower
-from dmoe_compile.passes.constrain import Layout, Settings
+from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.cost import GPUS
 from dmoe_compile.passes.fuse_experts import Reader
+from dmoe_compile.passes.layouts import Layout
 from dmoe_compile.passes.lower import Lowering, NotFusedError
-from dmoe_compile.passes.sites import Refusal, Site, Sources
+from dmoe_compile.passes.nodes import Sources
+from dmoe_compile.passes.sites import Refusal, Site
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 

@@ -12,7 +12,7 @@ import torch
 from dmoe_compile.passes import pipeline
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.dmoe import Options
-from dmoe_compile.passes.sites import Sources
+from dmoe_compile.passes.nodes import Sources
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx

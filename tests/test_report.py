@@ -120,7 +120,7 @@ def test_refusals_and_warnings_are_in_the_report_and_nowhere_else(x, caplog):
     nothing = explain(NoMoE(), x, config=CONFIG)
     assert nothing.sites == nothing.refused == []
     assert "no mixture-of-experts router" in nothing.warnings[0]
-    assert [r for r in caplog.records if r.name == "dmoe_compile.backend"] == []
+    assert [r for r in caplog.records if r.name.startswith("dmoe_compile.")] == []
 
 
 def test_escapes(x):

@@ -15,7 +15,8 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from dmoe_compile.kernels.route import NUM_WARPS, _route_kernel, constants, launch, route, unsupported
+from dmoe_compile.kernels.route import NUM_WARPS, _route_kernel, launch, route
+from dmoe_compile.kernels.route_arguments import constants, unsupported
 from dmoe_compile.passes import des, dmoe, limit
 from dmoe_compile.passes.coreset import Blocks, choose, penalise, restrict, restrict_groups
 from dmoe_compile.passes.limit import COLD, DECODED, HOT, IDLE

@@ -178,11 +178,12 @@ def routing(block: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[[]
 
     from dmoe_compile import backend
     from dmoe_compile.config import Config
+    from dmoe_compile.notices import Notices
 
     made: list[Callable[[], Any]] = []
 
     def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten = backend.rewrite(gm, example_inputs, Config.from_options(options), backend.Notices())
+        rewritten = backend.rewrite(gm, example_inputs, Config.from_options(options), Notices())
         assert rewritten is not None
         aten, findings = rewritten
         (outcome,) = findings.outcomes

@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import math
 import re
 import types
 import warnings
@@ -33,10 +32,7 @@ from pathlib import Path
 from typing import Any, cast
 from unittest import mock
 
-import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor, fx, nn
 from torch._dynamo.convert_frame import register_bytecode_hook
 from torch._dynamo.eval_frame import innermost_fn
@@ -44,11 +40,9 @@ from torch._dynamo.output_graph import OutputGraph
 from torch._dynamo.utils import counters
 from torch._inductor import compile_fx
 from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.codecache import PyCodeCache
 from torch._inductor.cudagraph_utils import WrappedFunction, check_for_mutation
 from torch._inductor.graph import GraphLowering
 from torch._inductor.output_code import CompiledFxGraph
-from torch._inductor.runtime import hints
 from torch._inductor.scheduler import Scheduler
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -57,23 +51,18 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._pytree import tree_any, tree_map_only
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.language.extra import libdevice
 from triton.runtime import driver
-from triton.runtime.interpreter import TensorHandle
-from triton.runtime.jit import JITFunction
 
 from dmoe_compile.testing import interpreter
-from dmoe_compile.testing.fake_gpu import CUDA, Driver, OnCPU, always, histc_of_integers, put
-from dmoe_compile.testing.generated_code import Graph, Input, Kernel, Launch, passed, read
+from dmoe_compile.testing.fake_gpu import CUDA, Driver, OnCPU, always
+from dmoe_compile.testing.generated_code import Graph, Input, Kernel, Launch, read
+from dmoe_compile.testing.interpreted_kernels import Interpreted, compile_ahead, load_kernel, running, unwritten
 
 _CONFIG = {  # of Inductor, while it generates
     "force_disable_caches": True,  # code for a device that is not there must not be found by anybody
     "triton.cudagraphs": True,  # so that their checks run
     "shape_padding": False,  # times matmuls on the device
 }
-_WIDEST = 2**16  # elements of an interpreted tile
 
 
 def generated(compiled: Callable[..., Any], *args: Any, modules: Sequence[nn.Module] = (), **kwargs: Any) -> Generated:
@@ -216,12 +205,12 @@ class Generated:
             why = self.graph_breaks or self.stopped or f"{len(self._frames)} frames"
             raise ValueError(f"only one whole graph can be run, not pieces ({why}); compile with fullgraph=True")
         call = self._frames[0].function(self._function)
-        with torch.no_grad(), _running(seed, wave) as self.ran:
+        with torch.no_grad(), running(seed, wave) as self.ran:
             return call(*args, **kwargs)
 
     def compile_kernels(self) -> dict[str, Any]:
         """Compile every Triton kernel ahead of time, in its first configuration; return the binaries by name."""
-        return {kernel.name: _compile(kernel.tuner) for kernel in self.kernels}
+        return {kernel.name: compile_ahead(kernel.tuner) for kernel in self.kernels}
 
 
 class _NoValueError(Exception):
@@ -317,7 +306,7 @@ def _observed(found: Generated, mode: FakeTensorMode) -> Iterator[None]:
         graph = Graph()
         found.graphs.append(graph)
         module = load(self)
-        for name, value in {"empty_strided_cuda": _unwritten, "get_raw_stream": always(0)}.items():
+        for name, value in {"empty_strided_cuda": unwritten, "get_raw_stream": always(0)}.items():
             if hasattr(module, name):
                 setattr(module, name, value)
         graph.code = Path(str(module.__file__)).read_text()
@@ -353,7 +342,7 @@ def _observed(found: Generated, mode: FakeTensorMode) -> Iterator[None]:
             mock.patch.object(GraphLowering, "compile_to_module", on_lowered),
             mock.patch.object(Scheduler, "should_partition", on_partition),
             mock.patch.object(CompiledFxGraph, "post_compile", on_compiled),
-            mock.patch.object(AsyncCompile, "triton", _load_kernel),
+            mock.patch.object(AsyncCompile, "triton", load_kernel),
             torch._inductor.config.patch(_CONFIG),
         ):
             yield
@@ -378,95 +367,3 @@ def _origin(placeholder: fx.Node) -> tuple[str, bool]:
     text = source.name if source is not None else ""
     path = re.findall(r"\._(?:modules|parameters|buffers)\['(\w+)'\]", text) or re.findall(r"\['(\w+)'\]", text)
     return ".".join(path) or text or placeholder.name, "._parameters[" in text
-
-
-# Running the generated code.
-
-
-class Interpreted:
-    """Stands in a generated module for a kernel, whose `run` launches it."""
-
-    def __init__(self, source: str, tuner: Any) -> None:
-        self.source, self.tuner = source, tuner
-
-    def run(self, *args: Any, stream: int, **kwargs: Any) -> None:
-        tuner, config = self.tuner, _wide(self.tuner)
-        given, grid = tuner._interpret_args_grid(args, config)
-        constants = tuner.triton_meta["constants"] | config.kwargs
-        bound = dict(zip(passed(tuner), given, strict=True))
-        # What a kernel was compiled for counts, not what is passed: for None, Inductor passes -1.
-        bound |= {name: constants[name] for name in tuner.fn.arg_names if name in constants}
-        JITFunction.run(tuner.fn, grid=tuple(grid), warmup=False, **bound, **kwargs)
-
-
-def _load_kernel(self: AsyncCompile, name: str, source: str, device_str: str = "cuda") -> Interpreted:
-    return Interpreted(source, getattr(PyCodeCache.load(source), name))
-
-
-def _wide(tuner: Any) -> triton.Config:
-    """Return a kernel's first configuration; one of Inductor's own with as few programs as can be.
-
-    An interpreted program takes as long however wide it is, and neighbouring rows don't change each other's sums. Up to
-    the largest block that Inductor knows: where a size is a multiple of that, it leaves out the mask.
-    """
-    config = tuner.configs[0]
-    if tuner.inductor_meta.get("grid_type") != "Grid1D" or "XBLOCK" not in config.kwargs:
-        return config
-    per_row = math.prod(size for name, size in tuner.size_hints.items() if name != "x")
-    most = min(max(_WIDEST // per_row, 1), hints.TRITON_MAX_BLOCK["X"])
-    rows = min(triton.next_power_of_2(tuner.size_hints["x"]), most)
-    kwargs = {**config.kwargs, "XBLOCK": max(rows, config.kwargs["XBLOCK"])}
-    return triton.Config(kwargs, config.num_warps, config.num_stages)
-
-
-_UNLIKELY = {torch.bool: True, torch.int16: 0x5555, torch.int32: 0x55555555, torch.int64: 0x55555555}
-
-
-def _unwritten(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return new memory whose values show wherever they are read before they are written."""
-    new = torch.empty_strided(size, stride, dtype=dtype)
-    return new.fill_(float("nan") if dtype.is_floating_point else _UNLIKELY.get(dtype, 0x55))
-
-
-@contextlib.contextmanager
-def _running(seed: int | None, wave: int | None) -> Iterator[list[interpreter.Launch]]:
-    with contextlib.ExitStack() as stack:
-        patch = functools.partial(put, stack)
-        patch(torch.cuda, "_DeviceGuard", lambda device: contextlib.nullcontext())
-        patch(torch.cuda, "set_device", always(None))
-        patch(torch.cuda, "_lazy_init", always(None))
-        for name, function in _LIBDEVICE.items():
-            patch(libdevice, name, _elementwise(function))
-        stack.enter_context(histc_of_integers())
-        yield stack.enter_context(interpreter.interpreted(seed=seed, wave=wave))
-
-
-# libdevice's functions have no body in Python. These are the ones that Inductor calls.
-_SAME_NAME = (
-    "abs acos acosh asin asinh atan atan2 atanh ceil copysign cos cosh erf erfc exp exp2 expm1 floor fmod hypot"
-)
-_SAME_NAME += " isinf isnan log log10 log1p log2 pow rsqrt signbit sin sinh sqrt tan tanh trunc"
-_LIBDEVICE = {name: getattr(torch, name) for name in _SAME_NAME.split()}
-_LIBDEVICE |= {"nearbyint": torch.round, "rint": torch.round}
-
-
-def _elementwise(function: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Return an elementwise function of torch as one of interpreted Triton tensors."""
-
-    def call(*args: Any, **_: Any) -> tl.tensor:
-        out = function(*(torch.from_numpy(np.array(each.handle.data)) for each in args)).numpy()
-        dtype = tl.int1 if out.dtype == bool else args[0].dtype.scalar
-        kind = args[0].type
-        kind = tl.block_type(dtype, kind.get_block_shapes()) if kind.is_block() else dtype
-        return tl.tensor(TensorHandle(out, dtype), kind)
-
-    return call
-
-
-def _compile(tuner: Any) -> Any:
-    """Compile a kernel of Inductor's ahead of time."""
-    config = tuner.configs[0]
-    meta = tuner._create_compile_meta(config)
-    source = ASTSource(tuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
-    target = GPUTarget(meta["device_type"], meta["cc"], 32)
-    return triton.compile(source, target=target, options=tuner._create_compile_options(config, meta))

@@ -36,6 +36,8 @@ from triton.runtime import interpreter as stock
 from triton.runtime.interpreter import TensorHandle
 from triton.runtime.jit import JITFunction, get_jit_fn_file_line
 
+from dmoe_compile.testing.interpreter_math import reduce, scan, to_bf16, to_fp32, to_odd
+
 # Everything of Triton's that the interpreter changes while a kernel runs.
 _PATCHED = (JITFunction, tl, tl.core, tl.math, tl.tensor, tl.core.tensor_descriptor_base, tl.dtype)
 # Addresses have 47 bits. Above them a pointer carries the number of the tensor that it was made from, through all
@@ -158,7 +160,7 @@ class _Interpreter:
             stock.interpreter_semantic.builder = builder
             stock._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
             for language in (tl, tl.core):
-                language.reduce, language.associative_scan = _reduce, _scan
+                language.reduce, language.associative_scan = reduce, scan
             JITFunction.__call__, JITFunction.__get__ = call, bind
             yield
 
@@ -213,15 +215,15 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         return converted
 
     def get_bf16(self, value: float) -> TensorHandle:
-        return TensorHandle(_to_bf16(np.array([value])), tl.bfloat16)
+        return TensorHandle(to_bf16(np.array([value])), tl.bfloat16)
 
     def cast_impl(self, src: TensorHandle, dst_type: tl.dtype) -> TensorHandle:
         source, target = src.dtype.scalar, dst_type.scalar
         if tl.bfloat16 not in (source, target) or source == target:
             return super().cast_impl(src, dst_type)
         if target == tl.bfloat16:
-            return TensorHandle(_to_bf16(src.data), target)
-        return TensorHandle(_to_fp32(src.data).astype(stock._get_np_dtype(target)), target)
+            return TensorHandle(to_bf16(src.data), target)
+        return TensorHandle(to_fp32(src.data).astype(stock._get_np_dtype(target)), target)
 
     def create_fp_to_fp(self, src: TensorHandle, dst_type: tl.dtype, rounding_mode: Any) -> TensorHandle:
         if tl.bfloat16 in (src.dtype.scalar, dst_type.scalar):  # with fp8, or another rounding than to nearest even
@@ -232,8 +234,8 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         if lhs.dtype.scalar != tl.bfloat16:
             return super().binary_op(lhs, rhs, op)
         # fp32 has more than twice the bits of bf16, so rounding to it first changes no result of + - * / (Figueroa).
-        result = op(_to_fp32(lhs.data), _to_fp32(rhs.data))
-        return TensorHandle(result, tl.int1) if result.dtype == bool else TensorHandle(_to_bf16(result), tl.bfloat16)
+        result = op(to_fp32(lhs.data), to_fp32(rhs.data))
+        return TensorHandle(result, tl.int1) if result.dtype == bool else TensorHandle(to_bf16(result), tl.bfloat16)
 
     def create_minnumf(self, lhs: TensorHandle, rhs: TensorHandle) -> TensorHandle:
         return self.binary_op(lhs, rhs, np.fmin)
@@ -250,14 +252,14 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
         if z.dtype.scalar not in (tl.bfloat16, tl.float16, tl.float32):
             raise TypeError(f"fma of {z.dtype} isn't modelled: numpy has none that rounds once")
         x64, y64, z64 = (
-            _to_fp32(each.data).astype(np.float64) if each.dtype.scalar == tl.bfloat16 else each.data.astype(np.float64)
+            to_fp32(each.data).astype(np.float64) if each.dtype.scalar == tl.bfloat16 else each.data.astype(np.float64)
             for each in (x, y, z)
         )
         product = x64 * y64  # exact
         rounded = product + z64
         carried = rounded - product
         rest = (product - (rounded - carried)) + (z64 - carried)  # Knuth's two-sum: rounded + rest is exact
-        return self.cast_impl(TensorHandle(_to_odd(rounded, rest), tl.float64), z.dtype.scalar)
+        return self.cast_impl(TensorHandle(to_odd(rounded, rest), tl.float64), z.dtype.scalar)
 
     def create_dot(self, a: TensorHandle, b: TensorHandle, d: TensorHandle, precision: Any, _: int) -> TensorHandle:
         kind = a.dtype.scalar
@@ -267,7 +269,7 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
             return super().create_dot(a, b, d, precision, _)
         if kind == tl.float32 and precision != ir.INPUT_PRECISION.IEEE:
             raise TypeError(f"an fp32 dot in {precision} isn't modelled: pass input_precision='ieee'")
-        a32, b32 = (_to_fp32(each.data) if kind == tl.bfloat16 else each.data.astype(np.float32) for each in (a, b))
+        a32, b32 = (to_fp32(each.data) if kind == tl.bfloat16 else each.data.astype(np.float32) for each in (a, b))
         return TensorHandle((a32 @ b32 + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     def create_masked_load(self, ptrs: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
@@ -327,113 +329,6 @@ class _Builder(stock.InterpreterBuilder):  # type: ignore[misc]
             self.counts[tensor] = Traffic()
         self.counts[tensor].requested += mine.size * size
         self.requests[tensor][0][(mine >> _SECTOR_BITS) - start] = True
-
-
-def _to_fp32(bits: np.ndarray) -> np.ndarray:
-    """Return bf16 values, held as uint16, in fp32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _to_bf16(values: np.ndarray) -> np.ndarray:
-    """Return numbers of any dtype as bf16 in uint16: rounded once, to the nearest, ties to even."""
-    if values.dtype != np.float32:
-        exact = values.astype(np.float64)
-        single = exact.astype(np.float32)
-        values = _to_odd(single, exact - single)
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
-
-
-def _to_odd(value: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    """Return value + rest rounded to odd in value's dtype: rounded again, to fewer bits, it is rounded as if once.
-
-    Source: Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums", IEEE Trans. Computers 57:462.
-    """
-    bits: Any = value.view(np.uint32 if value.dtype == np.float32 else np.uint64)
-    even = bits & 1 == 0
-    neighbour = np.nextafter(value, np.copysign(np.inf, rest).astype(value.dtype))
-    return np.where(even & (rest != 0) & np.isfinite(value), neighbour, value)
-
-
-def _reduce(input: Any, axis: int | None, combine_fn: JITFunction, keep_dims: bool = False, **_: Any) -> Any:
-    """Like tl.reduce, along an axis at once where numpy can, else step by step for all other axes at once."""
-    inputs = input if isinstance(input, tuple) else (input,)
-    _refuse_bf16(inputs)
-    arrays = [each.handle.data for each in inputs]
-    shape = arrays[0].shape
-    if axis is None:
-        arrays, at = [array.reshape(-1) for array in arrays], 0
-    else:
-        at = axis % len(shape)
-    results = _fold(combine_fn, arrays, inputs, at)
-    if keep_dims:
-        kept = [1 if axis is None or i == at else size for i, size in enumerate(shape)]
-        results = [array.reshape(kept) for array in results]
-    tensors = tuple(_tensor(array, each.dtype) for array, each in zip(results, inputs, strict=True))
-    return tensors if isinstance(input, tuple) else tensors[0]
-
-
-def _fold(combine: JITFunction, arrays: list[np.ndarray], inputs: Sequence[Any], axis: int) -> list[np.ndarray]:
-    values, floating = arrays[0], inputs[0].dtype.is_floating()
-    standard = tl.standard
-    if combine is standard._sum_combine:
-        return [values.sum(axis)]
-    if combine is standard._elementwise_max:
-        return [(np.fmax if floating else np.maximum).reduce(values, axis)]
-    if combine is standard._elementwise_min:
-        return [(np.fmin if floating else np.minimum).reduce(values, axis)]
-    if combine in (standard._argmax_combine_tie_break_left, standard._argmin_combine_tie_break_left):
-        if floating and np.isnan(values).any():
-            raise TypeError("argmax and argmin of NaN depend on the order of a GPU's comparisons: replace NaN first")
-        find = np.argmax if combine is standard._argmax_combine_tie_break_left else np.argmin
-        best = np.expand_dims(find(values, axis), axis)  # the first: indices ascend along the axis
-        return [np.take_along_axis(array, best, axis).squeeze(axis) for array in arrays]
-    return [array.take(-1, axis) for array in _scanned(combine, arrays, inputs, axis)]
-
-
-def _scan(input: Any, axis: int, combine_fn: JITFunction, reverse: bool = False, **_: Any) -> Any:
-    """Like tl.associative_scan, for all other axes at once."""
-    inputs = input if isinstance(input, tuple) else (input,)
-    _refuse_bf16(inputs)
-    at = axis % len(inputs[0].shape)
-    arrays = [np.flip(each.handle.data, at) if reverse else each.handle.data for each in inputs]
-    if combine_fn is tl.standard._sum_combine:
-        results = [arrays[0].cumsum(at)]
-    else:
-        results = _scanned(combine_fn, arrays, inputs, at)
-    results = [np.flip(array, at) if reverse else array for array in results]
-    tensors = tuple(_tensor(array, each.dtype) for array, each in zip(results, inputs, strict=True))
-    return tensors if isinstance(input, tuple) else tensors[0]
-
-
-def _scanned(combine: JITFunction, arrays: list[np.ndarray], inputs: Sequence[Any], axis: int) -> list[np.ndarray]:
-    """Return every prefix's combination along an axis."""
-
-    def at(i: int) -> tuple[Any, ...]:
-        return tuple(_tensor(array.take(i, axis), each.dtype) for array, each in zip(arrays, inputs, strict=True))
-
-    steps = [at(0)]
-    for i in range(1, arrays[0].shape[axis]):
-        combined = combine(*steps[-1], *at(i))
-        steps.append(combined if isinstance(combined, tuple) else (combined,))
-    rest = arrays[0].shape[:axis] + arrays[0].shape[axis + 1 :]
-    columns = zip(*steps, strict=True)
-    return [
-        np.stack([np.broadcast_to(each.handle.data.reshape(rest), rest) for each in column], axis) for column in columns
-    ]
-
-
-def _refuse_bf16(inputs: Sequence[Any]) -> None:
-    if any(each.dtype == tl.bfloat16 for each in inputs):
-        raise TypeError("a reduction in bf16 depends on the order in which a GPU rounds: take it in fp32")
-
-
-def _tensor(array: np.ndarray, dtype: tl.dtype) -> Any:
-    array = np.asarray(array).astype(stock._get_np_dtype(dtype))
-    if not array.shape:
-        return tl.tensor(TensorHandle(array.reshape(1), dtype), dtype)
-    return tl.tensor(TensorHandle(array, dtype), tl.block_type(dtype, list(array.shape)))
 
 
 def _addresses(tensor: Tensor) -> tuple[int, int]:
