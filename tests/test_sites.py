@@ -16,17 +16,25 @@ from torch.testing import assert_close
 import capture
 import zoo
 from dmoe_compile.normalise import normalise
+from pairwise import covering
 
 DTYPES = (torch.float32, torch.bfloat16)
 DYNAMIC = (False, True)
 
 
 def forms() -> Iterator[Any]:
-    """Yield every form; of DiffusionGemma with symbolic sizes, a minute each, one on every change."""
-    for name, experts, dtype, dynamic in itertools.product(zoo.ROUTABLE, zoo.EXPERTS, DTYPES, DYNAMIC):
-        rare = name == "diffusion_gemma" and dynamic and (experts, dtype) != ("grouped_mm", torch.float32)
-        form = f"{name}-{experts}-{dtype}-{'dynamic' if dynamic else 'static'}"
-        yield pytest.param(name, experts, dtype, dynamic, marks=pytest.mark.nightly if rare else (), id=form)
+    """Yield every form: on every change enough for all pairs; DiffusionGemma of symbolic sizes takes a minute each."""
+    every = [
+        {"name": name, "experts": experts, "dtype": dtype, "dynamic": dynamic}
+        for name, experts, dtype, dynamic in itertools.product(zoo.ROUTABLE, zoo.EXPERTS, DTYPES, DYNAMIC)
+    ]
+    slow = {"name": "diffusion_gemma", "dynamic": True}
+    often = covering([form for form in every if not slow.items() <= form.items()])
+    often.append({"experts": "grouped_mm", "dtype": torch.float32, **slow})
+    for form in every:
+        name, experts, dtype, dynamic = form.values()
+        words = f"{name}-{experts}-{dtype}-{'dynamic' if dynamic else 'static'}"
+        yield pytest.param(*form.values(), marks=() if form in often else pytest.mark.nightly, id=words)
 
 
 @pytest.mark.parametrize(("name", "experts", "dtype", "dynamic"), list(forms()))
