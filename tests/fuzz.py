@@ -1,4 +1,4 @@
-"""Random mixture-of-experts blocks, and what each must compute under a coreset method: in loops, without the passes.
+"""Random mixture-of-experts blocks, and what each must compute under the passes: in loops, without them.
 
 B, S: sequences, tokens a sequence; T = B*S; L: tokens of a block; E, k: experts, experts a token; H, I: width of the
 model, of an expert
@@ -34,7 +34,8 @@ class Form:
         groups: number of groups, and how many a token keeps; None without.
         renormalised: a token's weights sum to 1.
         rank3: the router works on [B, S, E], not on [T, E].
-        layout: of experts: "gathered" (bmm), "grouped" (transformers' grouped_mm), "dense" (every one runs on all).
+        layout: of experts: "gathered" (bmm), "grouped" (transformers' grouped_mm), "dense" (every one runs on all),
+            "loop" (modules, one after another, which prepare() makes traceable).
         shared: a shared expert beside the routed ones.
         options: of the backend.
         dynamic: the length is symbolic.
@@ -67,7 +68,7 @@ class Form:
 
 
 @st.composite
-def _options(draw: Callable[..., Any]) -> dict[str, Any]:
+def _options(draw: Callable[..., Any], may_drop: bool) -> dict[str, Any]:
     size = st.integers(1, 40)
     share = st.floats(0.05, 1.0)
     methods = {
@@ -78,12 +79,13 @@ def _options(draw: Callable[..., Any]) -> dict[str, Any]:
         "cover": st.fixed_dictionaries({"cover.mass": share, "cover.max_experts": st.none() | size}),
     }
     method = draw(st.sampled_from(list(methods)))
-    name = {"none": [], "seq": ["des"], "vote": ["des"]}.get(method, [method])
+    names = {"none": [], "seq": ["des"], "vote": ["des"]}.get(method, [method])
+    dropping = {"top_any.ratio": draw(st.floats(0.0, 1.0))} if may_drop and draw(st.booleans()) else {}
     settings = st.fixed_dictionaries({
         "block_length": st.integers(1, 40), "scope": st.sampled_from(["block", "batch"]), "stats": st.booleans(),
         "experts": st.sampled_from(["auto", False]), "max_block_tokens": st.none() | st.integers(1, 40),
     })  # fmt: skip
-    return {"passes": name, **draw(methods[method]), **draw(settings)}
+    return {"passes": [*names, *["top_any"] * bool(dropping)], **draw(methods[method]), **dropping, **draw(settings)}
 
 
 @st.composite
@@ -102,18 +104,45 @@ def forms(draw: Callable[..., Any]) -> Form:
     ways += ["sort"] if top_k < num_experts else []  # [:, :E] cuts nothing off, so nothing is chosen
     ways += ["argmax"] if top_k == 1 and groups is None else []
     select = draw(st.sampled_from(ways))
+    layout = draw(st.sampled_from(["gathered", "grouped", "dense", "loop"]))
     return Form(
         score, select, score == "sigmoid" and draw(st.booleans()), groups,
         score != "logits" and draw(st.booleans()), draw(st.sampled_from([1.0, 2.5])), draw(st.booleans()),
-        draw(st.sampled_from(["gathered", "grouped", "dense"])), draw(st.booleans()), num_experts, top_k,
+        layout, draw(st.booleans()), num_experts, top_k,
         8 * draw(st.integers(1, 6)), 8 * draw(st.integers(1, 4)), draw(st.sampled_from(DTYPES)),
         draw(st.integers(1, 3)), draw(st.integers(1, 48)), draw(st.booleans()), draw(st.integers(0, 1000)),
-        draw(_options()),
+        draw(_options(may_drop=top_k > 1 and layout != "dense")),
     )  # fmt: skip
 
 
+class Loop(nn.Module):
+    """Experts that are modules, and run one after another."""
+
+    def __init__(self, form: Form) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert(form.hidden, form.width) for _ in range(form.num_experts))
+
+    def forward(self, hidden: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(hidden)
+        for number, expert in enumerate(self.experts):
+            tokens, places = torch.where(ids == number)
+            out.index_add_(0, tokens, expert(hidden[tokens]) * weights[tokens, places, None])
+        return out
+
+
+class Expert(nn.Module):
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, width, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
 class Block(nn.Module):
-    """A form in PyTorch: forward() is what gets compiled, expected() what a method makes of it."""
+    """A form in PyTorch: forward() is what gets compiled, expected() what the passes make of it."""
 
     bias: Tensor
 
@@ -128,7 +157,7 @@ class Block(nn.Module):
             num_experts_per_tok=form.top_k,
         )  # fmt: skip
         config._experts_implementation = "grouped_mm"
-        self.experts = Qwen3MoeExperts(config)
+        self.experts: nn.Module = Loop(form) if form.layout == "loop" else Qwen3MoeExperts(config)
         for weight in self.experts.parameters():
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
         self.shared = nn.Linear(form.hidden, form.hidden, bias=False) if form.shared else None
@@ -166,25 +195,33 @@ class Block(nn.Module):
             return ranked.sort(dim=-1, descending=True).indices[..., : self.form.top_k]
         return ranked.topk(self.form.top_k, dim=-1).indices
 
-    def weigh(self, scores: Tensor, ids: Tensor) -> Tensor:
-        weights = scores.gather(-1, ids)
+    def weigh(self, weights: Tensor) -> Tensor:
+        """Return the weights of the chosen experts, whose scores are given."""
         if self.form.score == "logits":
             weights = weights.softmax(-1)
         if self.form.renormalised:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.form.scale
 
-    def finish(self, x: Tensor, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def finish(self, x: Tensor, scores: Tensor, ids: Tensor, ratio: float | None = None) -> tuple[Tensor, Tensor]:
+        """Return forward()'s results; with a `ratio`, top_any's share, every token drops experts."""
         form = self.form
+        given = scores.gather(-1, ids)
+        weights = self.weigh(given).to(form.dtype)
+        if ratio is not None:
+            size = weights.float().abs()
+            small = size < ratio * size.amax(-1, keepdim=True)
+            ids = torch.where(small, ids.gather(-1, size.argmax(-1, keepdim=True)), ids)
+            given = given.masked_fill(small, -torch.inf if form.score == "logits" else 0.0)
+            weights = self.weigh(given).to(form.dtype)
         rows, flat = x.reshape(-1, form.hidden), ids.reshape(-1, form.top_k)
-        weights = self.weigh(scores, ids).reshape(-1, form.top_k).to(form.dtype)
-        out = self.routed(rows, flat, weights).view(x.shape)
+        out = self.routed(rows, flat, weights.reshape(-1, form.top_k)).view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x)
-        return out, ids.reshape(form.batch, x.shape[1], form.top_k)
+        return out, ids.reshape(*x.shape[:2], form.top_k)
 
     def routed(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        if self.form.layout == "grouped":
+        if self.form.layout in ("grouped", "loop"):
             return self.experts(rows, ids, weights)
         gate_up, down = self.experts.gate_up_proj, self.experts.down_proj
         if self.form.layout == "dense":
@@ -202,32 +239,37 @@ class Block(nn.Module):
         generator = torch.Generator().manual_seed(0)
         wanted = self.expected(x)[1].sort(-1).values
         for _ in range(8):
-            nudge = 1 + 1e-6 * torch.randn(self.form.batch * x.shape[1] * self.form.num_experts, generator=generator)
+            nudge = 1 + 1e-6 * torch.randn(x.shape[0] * x.shape[1] * self.form.num_experts, generator=generator)
             if not torch.equal(self.expected(x, nudge)[1].sort(-1).values, wanted):
                 return True
         return False
 
     @torch.no_grad()
     def expected(self, x: Tensor, nudge: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return what forward() must give once the method of the form's options has chosen coresets.
+        """Return what forward() must give once the passes of the form's options have changed the routing.
 
         Args:
             x: hidden states [B, S, H].
             nudge: what logits are multiplied by, T*E values; None leaves them.
         """
+        config = Config.from_options(self.form.options)
+        dropping = config.selected.get("top_any")
+        ratio = None if dropping is None else dropping.ratio
         scores, biased = self.scores(x, nudge)
+        own = self.select(self.group_mask(biased))
+        longest = config.max_block_tokens
+        if not set(config.selected) - {"top_any"} or (longest is not None and x.shape[1] > longest):
+            return self.finish(x, scores, own, ratio)
         rows = biased.reshape(-1, self.form.num_experts)
-        own = self.select(self.group_mask(biased)).reshape(-1, self.form.top_k)
-        weights = self.weigh(scores, own.view(*scores.shape[:-1], -1)).reshape(own.shape)
-        weights = weights.to(self.form.dtype)  # as the experts are weighed
-        inside = self._coresets(rows, own, weights)
+        weights = self.weigh(scores.gather(-1, own)).to(self.form.dtype)  # as the experts are weighed
+        inside = self._coresets(rows, own.reshape(-1, own.shape[-1]), weights.reshape(-1, own.shape[-1]))
         ids = torch.stack([self._best(*each) for each in zip(rows, inside, strict=True)])
-        return self.finish(x, scores, ids.view(*scores.shape[:-1], -1))
+        return self.finish(x, scores, ids.view(own.shape), ratio)
 
     def _coresets(self, rows: Tensor, own: Tensor, weights: Tensor) -> Tensor:
         """Return the experts that each token may use, [T, E] bool, block by block."""
         form, config = self.form, Config.from_options(self.form.options)
-        ((name, options),) = config.selected.items()
+        ((name, options),) = ((name, each) for name, each in config.selected.items() if name != "top_any")
         policy: Any = find_policy(name)
         rule = functools.partial(policy.coreset, options=options)
         seq = len(rows) // form.batch

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from dmoe_compile import backend
 from dmoe_compile.config import Config
+from dmoe_compile.notices import Notices
 
 
 class Gate(nn.Module):
@@ -140,7 +141,7 @@ class Rewriting:
         self.below: Tensor | None = None
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        rewritten = backend.rewrite(gm, example_inputs, self.config, backend.Notices())
+        rewritten = backend.rewrite(gm, example_inputs, self.config, Notices())
         assert rewritten is not None, "the graph can't be read; the log says why"
         aten, findings = rewritten
         self.findings.append(findings)

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 import dmoe_compile
 from dmoe_compile import Config, backend, runtime
+from dmoe_compile.notices import Notices
 from dmoe_compile.runtime import Recorder, RoutingStats
 from test_backend import ATEN, DMOE, INDUCTOR, QUICK, TinyMoE, WithSideOutputs, eager
 
@@ -72,7 +73,7 @@ def test_off_means_nothing_recorded_and_no_output_more():
 
         def run(gm, example_inputs, stats=stats):
             aten, findings = backend.rewrite(
-                gm, example_inputs, Config.from_options({**QUICK, "stats": stats}), backend.Notices()
+                gm, example_inputs, Config.from_options({**QUICK, "stats": stats}), Notices()
             )
             extra = len(aten.graph.output_node().args[0]) - len(gm.graph.output_node().args[0])
             seen[stats] = (extra, findings.num_outputs, "count_experts" in aten.code)
