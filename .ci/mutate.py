@@ -32,7 +32,7 @@ TESTS = {
     "auto": "test_auto test_config",
     "constrain": "test_constrain test_top_any test_dmoe",
     "coreset": "test_coreset test_dmoe",
-    "cost": "test_cost test_auto",
+    "cost": "test_cost test_auto test_lower",
     "count": "test_count test_runtime",
     "cover": "test_cover test_cover_op test_policies",
     "des": "test_des test_coreset test_policies",
