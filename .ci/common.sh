@@ -1,4 +1,4 @@
-# Sourced by run and nightly: an empty place to work in, and the few words both are written with.
+# Sourced by run, nightly and mutate: an empty place to work in, and the few words both are written with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 work=$(mktemp -d)

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import hypothesis  # noqa: F401  # like the next: what every child would import
@@ -30,21 +31,21 @@ from cosmic_ray.work_item import MutationSpec
 # The tests that speak of a module, the quickest first: the first that fails ends the run of a fault.
 TESTS = {
     "auto": "test_auto test_config",
-    "constrain": "test_constrain test_top_any test_dmoe",
-    "coreset": "test_coreset test_dmoe",
+    "constrain": "test_constrain test_top_any test_dmoe_released",
+    "coreset": "test_coreset test_dmoe test_dmoe_released",
     "cost": "test_cost test_auto test_lower",
     "count": "test_count test_runtime",
     "cover": "test_cover test_cover_op test_policies",
     "des": "test_des test_coreset test_policies",
-    "dmoe": "test_coreset test_dmoe test_policies",
+    "dmoe": "test_coreset test_dmoe test_policies test_dmoe_released",
     "fuse_experts": "test_fuse_experts",
     "fuse_route": "test_fuse_route",
     "inline": "test_constrain test_top_any",
     "layouts": "test_constrain test_team",
-    "limit": "test_team test_route",
+    "limit": "test_team test_route test_route_ties",
     "lower": "test_lower test_fuse_experts",
     "nodes": "test_sites test_region test_fuse_experts",
-    "pipeline": "test_pipeline test_top_any test_backend",
+    "pipeline": "test_pipeline test_top_any test_backend test_backend_unchanged test_notices test_joint",
     "policies": "test_policies",
     "reach": "test_sites",
     "readings": "test_fuse_experts",
@@ -53,9 +54,9 @@ TESTS = {
     "selections": "test_sites",
     "sites": "test_sites",
     "skip": "test_skip",
-    "team": "test_team test_context",
+    "team": "test_team test_context test_context_owners",
     "top_any": "test_top_any",
-    "votes": "test_coreset test_des test_dmoe",
+    "votes": "test_coreset test_des test_dmoe test_dmoe_released",
 }
 
 
@@ -65,6 +66,11 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=8, help="faults of each module")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
+    known = {path.stem for path in Path("passes").glob("*.py")}
+    if unknown := (known ^ TESTS.keys()) | (set(chosen.modules) - known):
+        parser.error(f"{', '.join(sorted(unknown))}: must be of passes/ and in TESTS")
+    if chosen.sample < 1:
+        parser.error(f"--sample is {chosen.sample}, but must be at least 1")
     sys.dont_write_bytecode = True
     caught = tried = 0
     for module in chosen.modules:
@@ -76,14 +82,15 @@ def main() -> None:
         faults = list(_faults(Path("passes", f"{module}.py")))
         drawn = random.Random(chosen.seed).sample(faults, min(chosen.sample, len(faults)))
         survivors = [diff for fault in drawn if (diff := _unseen(fault, tests, limit))]
-        print(*survivors, sep="\n\n")
+        for each in survivors:
+            print(each, end="\n\n")
         print(f"{module}: {len(drawn) - len(survivors)} of {len(drawn)} caught, {len(faults)} possible", flush=True)
         caught, tried = caught + len(drawn) - len(survivors), tried + len(drawn)
     print(f"passes/: {caught} of {tried} caught, {caught / tried:.0%}")
 
 
 def _faults(path: Path) -> Iterator[MutationSpec]:
-    """Yield the faults of a module that can change what it does: none in annotations, nor in what only checks types."""
+    """Yield the faults of a module that can change what it does: of annotations, `X | None` is none."""
     annotations = [
         (node.lineno, node.end_lineno)
         for each in ast.walk(ast.parse(path.read_text()))
@@ -102,7 +109,8 @@ def _unseen(fault: MutationSpec, tests: list[str], limit: int) -> str:
     """Return a fault as a diff if no test sees it, "" if one does."""
     operator = get_operator(fault.operator_name)(**fault.operator_args)
     with use_mutation(fault.module_path, operator, fault.occurrence) as (before, after):
-        if after is None or not _passes(tests, limit):
+        assert after is not None, f"{fault} can't be made"
+        if not _passes(tests, limit):
             return ""
     lines = difflib.unified_diff(before.splitlines(), after.splitlines(), str(fault.module_path), "", lineterm="", n=1)
     return "\n".join(lines)
@@ -112,13 +120,18 @@ def _passes(tests: list[str], limit: int) -> bool:
     """Say whether tests pass within `limit` seconds, in a child of this process."""
     child = os.fork()
     if not child:
-        os.setsid()
-        signal.alarm(limit)
-        out = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        os._exit(pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]))
+        try:
+            os.setsid()
+            signal.alarm(limit)
+            out = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            os._exit(pytest.main(["-x", "-q", "-n0", "-p", "no:cacheprovider", *tests]))
+        finally:
+            os._exit(1)  # never back into the parent's work
     _, status = os.waitpid(child, 0)
+    with suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what a test had started
     return status == 0
 
 

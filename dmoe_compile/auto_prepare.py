@@ -56,7 +56,7 @@ def _on_compile(_args: Any) -> None:
     modules = dict.fromkeys(_modules_of(compiling))
     ours = sys.modules.get(f"{__package__}.backend")
     if ours is not None and backend is ours.dmoe and (config := _asks_for_prepared(options)):
-        from dmoe_compile.notices import notices_of
+        from dmoe_compile.notices import notices_of  # which imports this module
 
         for module in modules:
             notices_of(options).loops(prepare_or_say(module, config, _left_alone))

@@ -22,11 +22,11 @@ from torch._dynamo.eval_frame import innermost_backend
 from torch._inductor.custom_graph_pass import get_custom_graph_passes
 from torch._logging import trace_structured
 
-from dmoe_compile import auto_prepare, calibrate, experts, huge_pages, notices
+from dmoe_compile import auto_prepare, calibrate, experts, huge_pages
 from dmoe_compile.config import Config
 from dmoe_compile.joint import JointPass
 from dmoe_compile.normalise import normalise
-from dmoe_compile.notices import Notices, notices_of, say_how_to_select, unreadable
+from dmoe_compile.notices import Notices, forget, notices_of, say_how_to_select, unreadable
 from dmoe_compile.passes import fuse_experts, pipeline
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.cost import Verdict
@@ -299,7 +299,7 @@ def _trace_artifact(name: str, gm: fx.GraphModule) -> None:
 
 def _reset() -> None:
     """What torch._dynamo.reset() calls: CUDA graphs of a dropped compile must not be replayed."""
-    notices.forget()
+    forget()
     if torch.cuda.is_available():
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 

@@ -9,7 +9,7 @@ the loop out where the block hands over (hidden, ids, weights):
     the block     router and loop are one forward: a template of the whole block   SDAR, LLaDA-MoE, RND1
 
 Everything before the cut stays the model's own code. What is kept was compared with the original in the block's own
-dtype (dmoe_compile.verify); a block with no match is given back as it was, and the report says why.
+dtype (choosing.py, verify.py); a block with no match is given back as it was, and the report says why.
 
     T = B*S tokens, H = hidden, E = experts, k = experts a token
 """

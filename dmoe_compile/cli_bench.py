@@ -32,8 +32,8 @@ def _measure(name: str, json: str | None, settings: Callable[[Any], Any], *, com
         if compiler:
             require_compiler()
         chosen = settings(figure)
-    with progress_bar() as progress:
-        rows = figure.run(chosen, progress)
+        with progress_bar() as progress:
+            rows = figure.run(chosen, progress)
     remarks = getattr(figure, "remarks", None)
     show(figure.table(rows), rows, json, () if remarks is None else remarks(rows))
 
@@ -133,7 +133,9 @@ def scaling(
             raise ValueError(f"{picture}: there is no folder {picture.parent}; make it first")
     with progress_bar() as progress:
         rows = figure.run(settings, progress)
-    show(figure.table(rows), rows, json, [*figure.remarks(rows), *map(str, figure.draw(rows, picture))])
+    show(figure.table(rows), rows, json, figure.remarks(rows))
+    for file in figure.draw(rows, picture):
+        typer.echo(str(file), err=json == "-")
 
 
 @app.command("diffusion-gemma")

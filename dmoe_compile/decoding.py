@@ -3,8 +3,9 @@
     prompt -> prefill (its complete blocks)
     block:   [prompt tail | mask ...] -> denoise, denoise, ... -> store its keys and values -> next block
 
-Tokens are committed by diffusers' BlockRefinementScheduler. What it lacks is here: the cache, the masks of the blocks,
-rows of different lengths, and TEAM's candidates with their verification (Options of passes/team.py).
+Tokens are committed by diffusers' BlockRefinementScheduler. What it lacks is here and in kv_cache.py, candidates.py: the
+cache, the masks of the blocks, rows of different lengths, TEAM's candidates and their verification (passes/team.py has
+the Options).
 
 The model: any whose forward takes input_ids, a 4D attention mask, position_ids and a transformers Cache, and predicts
 the token at each position itself (no shift).

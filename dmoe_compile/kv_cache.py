@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 def aside(cache: DynamicCache) -> DynamicCache:
     """Return a cache of the same tensors: what a forward adds to it does not reach `cache`."""
-    aside = copy.copy(cache)
-    aside.layers = [copy.copy(layer) for layer in cache.layers]  # a layer never writes to its tensors: it replaces them
-    return aside
+    other = copy.copy(cache)
+    other.layers = [copy.copy(layer) for layer in cache.layers]  # a layer never writes to its tensors: it replaces them
+    return other
 
 
 def compact(x: Tensor) -> Tensor:

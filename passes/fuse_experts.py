@@ -4,9 +4,9 @@
         ->  GPU: sum(dmoe.experts(hidden, ids, weights, gate_up, down, ..) [P, T, H] fp32)
             CPU: dmoe.experts_cpu(hidden, ids, weights, gate_up, down, ..) [T, H] in the combine's dtype
 
-Which weight is which, how gate and up lie and which activation it is are read from shapes and operations; that leaves
-more than one reading of some banks (H = 2I is square). So what stands there is cut out and run once on random tokens
-with the model's own weights, and the reading that computes the same is taken. None does: the site keeps its own code.
+There may be more than one reading of which weight is which (readings.py). So what stands there is cut out and run once
+on random tokens with the model's own weights, and the reading that computes the same is taken. None does: the site
+keeps its own code.
 Layers that are alike are checked once.
 Left alone: on GPUs, sizes that are symbolic; experts that read more than hidden states, routing and their own weights;
 weights of another dtype than hidden states; and what check() of the kernels does not take.

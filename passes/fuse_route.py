@@ -105,8 +105,6 @@ def route(
     tracer: Tracer,
 ) -> Routed | str:
     """Replace a site's ids and weights by the op's, or say why it does not take them; the graph is as it was then."""
-    # Here, as both import triton, which CPU builds of torch do not bring.
-    from dmoe_compile.kernels import route  # noqa: F401  # registers dmoe::route
     from dmoe_compile.kernels.route_arguments import unsupported
 
     batch, seq = where.batch, where.seq

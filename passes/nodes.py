@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,13 +93,6 @@ def same(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
     return statically_known_true(a == b)
 
 
-def matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Return (activations, weight) of a router's matmul."""
-    args = [a for a in node.args if isinstance(a, fx.Node)]
-    first, second = args[-2:] if packet(node) in {aten.addmm, aten.baddbmm} else args[:2]
-    return first, second
-
-
 def forward_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes that the forward's outputs and side effects depend on; in a joint graph, not the gradients'."""
     tangents = [n for n in graph.find_nodes(op="placeholder") if n.name.startswith("tangents_")]
@@ -118,33 +111,3 @@ def forward_nodes(graph: fx.Graph) -> set[fx.Node]:
             live.add(node)
             stack += node.all_input_nodes
     return live
-
-
-def describe(node: fx.Node) -> str:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return node.name
-    return f"{node.name} {str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
-
-
-def label(node: fx.Node) -> str:
-    return str(packet(node)).removeprefix("aten.")
-
-
-def module_of(node: fx.Node) -> list[str]:
-    """Return the path of the innermost module that a node was traced in, empty where Dynamo did not say."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]).split(".") if stack else []
-
-
-def parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def common_prefix(paths: Iterable[list[str]]) -> list[str]:
-    common: list[str] = []
-    for steps in zip(*paths, strict=False):
-        if len(set(steps)) > 1:
-            break
-        common.append(steps[0])
-    return common

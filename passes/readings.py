@@ -1,6 +1,6 @@
 """What the weights of a site's experts may be, likeliest reading first: by their order of use, shapes and operations.
 
-Which weight is which, how gate and up lie and which activation it is; that leaves more than one reading of some banks
+Which weight is which, how gate and up lie, which activation it is: that leaves more than one reading of some banks
 (H = 2I is square).
 """
 

@@ -22,16 +22,16 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Router:
+class RouterNodes:
     """What lies between the router's matmul and the scores."""
 
     matmuls: list[fx.Node]
     between: list[fx.Node]
 
 
-def read_router(sel: Selection) -> Router:
+def read_router(sel: Selection) -> RouterNodes:
     """Walk back from the scores to the matmul that made them."""
-    router = Router([], [])
+    router = RouterNodes([], [])
     stack, seen = [sel.scores], set[fx.Node]()
     while stack and len(seen) < _MAX_ROUTER_NODES:
         node = stack.pop()
@@ -49,7 +49,7 @@ def read_router(sel: Selection) -> Router:
     return router
 
 
-def has_bias(router: Router, num_experts: int, sources: Sources) -> bool:
+def has_bias(router: RouterNodes, num_experts: int, sources: Sources) -> bool:
     """Say whether a parameter of E elements is added to the scores on their way to the selection."""
     for node in router.between:
         if packet(node) in {aten.add, aten.sub}:
@@ -60,7 +60,7 @@ def has_bias(router: Router, num_experts: int, sources: Sources) -> bool:
     return False
 
 
-def read_groups(router: Router, sel: Selection, position: Mapping[fx.Node, int]) -> Groups | None:
+def read_groups(router: RouterNodes, sel: Selection, position: Mapping[fx.Node, int]) -> Groups | None:
     """Read group-limited routing: a top-k over groups inside the router. One that keeps every group limits nothing."""
     choices = [n for n in router.between if packet(n) is aten.topk and any(u.args[1] == 1 for u in n.users)]
     if not choices:
@@ -81,7 +81,7 @@ def _is_grouped(node: fx.Node, count: int) -> bool:
     return len(dims) >= 3 and same(dims[-2], count)
 
 
-def score_function(router: Router) -> str:
+def score_function(router: RouterNodes) -> str:
     """Return what turns logits into scores: softmax, sigmoid or logits (nothing)."""
     ops = {packet(node) for node in router.between}
     if ops & SOFTMAX:

@@ -20,7 +20,8 @@ codebook, sparse attention), mixtures without a selection, experts chosen by mor
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -32,20 +33,14 @@ from dmoe_compile.passes.nodes import (
     VIEWS,
     Sources,
     aten,
-    common_prefix,
-    describe,
     forward_nodes,
     is_float,
-    label,
-    matmul_operands,
-    module_of,
     packet,
-    parent,
     same,
     shape,
 )  # fmt: skip
 from dmoe_compile.passes.reach import ExpertFlow, Follower, Reach
-from dmoe_compile.passes.routers import Groups, Router, has_bias, read_groups, read_router, score_function
+from dmoe_compile.passes.routers import Groups, RouterNodes, has_bias, read_groups, read_router, score_function
 from dmoe_compile.passes.selections import Selection, find_selections
 from torch import fx
 
@@ -103,7 +98,7 @@ def find_sites(graph: fx.Graph, sources: Sources) -> tuple[list[Site], list[Refu
 
 
 class _Finder:
-    """One search over one graph; holds what the searches from every selection share."""
+    """Finds and judges the sites of one graph."""
 
     def __init__(self, graph: fx.Graph, sources: Sources) -> None:
         self.graph = graph
@@ -144,13 +139,13 @@ class _Finder:
         if not reach.banks:
             if self._feeds_selection(sel):
                 return []  # it ranks groups for another selection: part of that one
-            named = f"{label(sel.node)} over {sel.num_experts}"
+            named = f"{_label(sel.node)} over {sel.num_experts}"
             if packet(sel.node) is not aten.topk:
                 return []  # argmax, max and sort have a hundred other uses
-            if matmul is None or not self.sources.is_static(matmul_operands(matmul)[1]):
+            if matmul is None or not self.sources.is_static(_matmul_operands(matmul)[1]):
                 return [Refusal(named, "what it ranks does not come from one linear router")]
             is_router = weight is not None and any(self.graph.output_node() in node.users for node in reach.routing)
-            where = parent(self.sources.module_path(weight)) if weight else ""
+            where = _parent(self.sources.module_path(weight)) if weight else ""
             return [Refusal(where or named, "its indices select no expert weights [E, ., .] in this graph", is_router)]
         if matmul is None:
             reason = f"{len(router.matmuls)} matmuls lead to its scores, not one router"
@@ -158,9 +153,9 @@ class _Finder:
         return [self._site(sel, reach, bank, router, weight) for bank in reach.banks]
 
     def _site(
-        self, sel: Selection, reach: Reach, bank: ExpertFlow, router: Router, weight: fx.Node | None
+        self, sel: Selection, reach: Reach, bank: ExpertFlow, router: RouterNodes, weight: fx.Node | None
     ) -> Site | Refusal:
-        hidden, _ = matmul_operands(router.matmuls[0])
+        hidden, _ = _matmul_operands(router.matmuls[0])
         name = self._name(sel, bank, weight)
         combine = self._combine(sel, bank, (shape(hidden) or (0,))[-1])
         if combine is None:
@@ -185,8 +180,8 @@ class _Finder:
             combine=combine,
             weights=self._weights(sel, reach, bank),
             escapes=tuple(
-                [f"{describe(n)} is returned" for n in returned]
-                + [f"{describe(n)} reads the routing" for n in reach.readers]
+                [f"{_describe(n)} is returned" for n in returned]
+                + [f"{_describe(n)} reads the routing" for n in reach.readers]
             ),
         )
 
@@ -220,8 +215,8 @@ class _Finder:
                 (node,) = sources
         return None
 
-    def _router_weight(self, router: Router) -> fx.Node | None:
-        return self.sources.parameter(matmul_operands(router.matmuls[0])[1]) if len(router.matmuls) == 1 else None
+    def _router_weight(self, router: RouterNodes) -> fx.Node | None:
+        return self.sources.parameter(_matmul_operands(router.matmuls[0])[1]) if len(router.matmuls) == 1 else None
 
     def _feeds_selection(self, sel: Selection) -> bool:
         """Say whether a selection only prepares another one, as the choice of groups does."""
@@ -238,7 +233,7 @@ class _Finder:
                 dims = shape(root) if root is not None else None
                 if root is None or root in claimed or dims is None or len(dims) < 3 or not isinstance(dims[0], int):
                     continue
-                name = parent(self.sources.module_path(root)) or str(root)
+                name = _parent(self.sources.module_path(root)) or str(root)
                 if name not in reported and self._has_router(dims[0]):
                     reported.add(name)
                     reason = f"all {dims[0]} experts run on every token (dense or soft mixture): none is chosen"
@@ -253,7 +248,7 @@ class _Finder:
                 and same((shape(node) or (0,))[-1], num_experts)
             ):
                 matmuls = read_router(Selection(node, node, node, 1, num_experts)).matmuls
-                if any(self.sources.is_static(matmul_operands(mm)[1]) for mm in matmuls):
+                if any(self.sources.is_static(_matmul_operands(mm)[1]) for mm in matmuls):
                     return True
         return False
 
@@ -265,8 +260,8 @@ class _Finder:
         """
         weights = [*bank.weights, router_weight] if router_weight is not None else [*bank.weights]
         paths = [self.sources.module_path(w).split(".")[:-1] for w in weights]
-        common = common_prefix(paths) or paths[-1] or max(paths, key=len)
-        selecting = module_of(sel.node)
+        common = _common_prefix(paths) or paths[-1] or max(paths, key=len)
+        selecting = _module_of(sel.node)
         if selecting and selecting[: len(common)] != common:
             router = paths[-1][len(common) :][:1]
             here = [i for i, step in enumerate(selecting) if [step] == router]
@@ -308,3 +303,40 @@ def _has_rows(node: fx.Node, tokens: int | torch.SymInt, width: int | torch.SymI
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
         return False
     return same(value.shape[-1], width) and same(value.numel(), tokens * width)
+
+
+def _matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """Return (activations, weight) of a router's matmul."""
+    args = [a for a in node.args if isinstance(a, fx.Node)]
+    first, second = args[-2:] if packet(node) in {aten.addmm, aten.baddbmm} else args[:2]
+    return first, second
+
+
+def _describe(node: fx.Node) -> str:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return node.name
+    return f"{node.name} {str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+
+
+def _label(node: fx.Node) -> str:
+    return str(packet(node)).removeprefix("aten.")
+
+
+def _module_of(node: fx.Node) -> list[str]:
+    """Return the path of the innermost module that a node was traced in, empty where Dynamo did not say."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return re.sub(r"^L\['\w+'\]\.?", "", stack[-1][0]).split(".") if stack else []
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
+
+
+def _common_prefix(paths: Iterable[list[str]]) -> list[str]:
+    common: list[str] = []
+    for steps in zip(*paths, strict=False):
+        if len(set(steps)) > 1:
+            break
+        common.append(steps[0])
+    return common

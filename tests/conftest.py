@@ -1,5 +1,6 @@
-"""Settings and fixtures that every test shares. The one place besides the package that touches sys.path: see below."""
+"""Settings, and fixtures that tests share. The one place besides the package that touches sys.path: see below."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -51,6 +52,36 @@ def _same_start_for_every_test():
     assert current() is None
     yield
     assert current() is None
+
+
+@pytest.fixture
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def uncached():
+    """What a pass or a hook saw is under test: a cached result would show nothing."""
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config as inductor_config
+
+    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+        yield
+
+
+@pytest.fixture
+def nan_memory():
+    """Memory that nobody wrote is NaN: torch.empty fills it while only deterministic algorithms may be used."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What the package warned of so far."""
+    return lambda: [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING and "dmoe" in r.name]
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from dmoe_compile import Config, calibrate
 from dmoe_compile.joint import JointPass
 from dmoe_compile.notices import Notices
 from reference_model import Rewriting
-from test_backend import ATEN, BLOCK, INDUCTOR, TinyMoE
+from tiny_moe import ATEN, BLOCK, INDUCTOR, TinyMoE
 
 # A machine that reads slowly, where every expert counts, and one that multiplies slowly, where none does.
 SLOW_MEMORY = {"auto.gb_per_s": 1.0, "auto.tflop_per_s": 1000.0}

@@ -21,7 +21,7 @@ SCRIPT = """
 import json, sys
 import torch
 from torch._dynamo.utils import counters
-from test_backend import ATEN, TinyMoE
+from tiny_moe import ATEN, TinyMoE
 
 option_sets, grad = json.loads(sys.argv[1]), sys.argv[2] == "gradients"
 torch.manual_seed(0)

@@ -20,13 +20,7 @@ E, H, K, L = 16, 8, 2, 4
 TIGHT = {"block_length": L, "dmoe.top_p": 0.3, "dmoe.min_experts": K}
 GROUPS = {"no groups": (1, 1), "groups": (4, 2)}
 
-pytestmark = pytest.mark.usefixtures("_without_gradients")
-
-
-@pytest.fixture
-def _without_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def _block(groups: tuple[int, int] = (1, 1)) -> MoeBlock:

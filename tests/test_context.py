@@ -1,16 +1,8 @@
-"""A decoding context serves nobody but its own decoding: whatever else may be stored is filled with NaN and never seen.
-
-B, S: sequences, tokens of each; H: hidden
-"""
+"""A decoding context serves what the last forward stored: whatever else is there is filled with NaN and never seen."""
 
 from __future__ import annotations
 
-import asyncio
-import copy
-import gc
-import pickle
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,53 +11,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import dmoe_compile
-from dmoe_compile.context import Denoising, current
-from test_backend import ATEN, INDUCTOR, TinyMoE
+from dmoe_compile.context import Denoising
+from served_tokens import ALL, SIZE, SOME, B, H, S, build, compiled, draw, expect, moe, poison
+from tiny_moe import ATEN, INDUCTOR
 
-B, S, H = 2, 8, 16
-SIZE = (B, S)
-SOME = torch.rand(SIZE, generator=torch.Generator().manual_seed(3)) < 0.5
-ALL = torch.ones(SIZE, dtype=torch.bool)
-
-
-def build(seed: int = 0) -> TinyMoE:
-    torch.manual_seed(seed)
-    return TinyMoE(num_experts=12, top_k=2)
-
-
-def compiled(model: TinyMoE, **kwargs: Any) -> Callable[[Tensor], Tensor]:
-    return torch.compile(model, backend="dmoe", options={"passes": ["team"], **ATEN}, fullgraph=True, **kwargs)
-
-
-def draw(seed: int, batch: int = B, seq: int = S) -> Tensor:
-    return torch.randn(batch, seq, H, generator=torch.Generator().manual_seed(seed))
-
-
-def poison(context: Denoising) -> None:
-    """Fill all that is stored with NaN: what still comes out right did not read it."""
-    for stored in context._stored.values():
-        stored.buffer.fill_(float("nan"))
-    for spare in context._spare.values():
-        spare.fill_(float("nan"))
-
-
-def moe(out: Tensor, x: Tensor) -> Tensor:
-    """Return what TinyMoE's experts gave: it adds its input."""
-    return out - x
-
-
-@pytest.fixture(autouse=True)
-def _no_gradients() -> Any:
-    with torch.no_grad():
-        yield
-
-
-def expect(ours: Tensor, model: TinyMoE, x: Tensor, before: Tensor | None = None, decoded: Tensor = SOME) -> None:
-    """Decoded tokens have the experts' outputs of `before` (an input), the others those of `x`."""
-    own = moe(model(x), x)
-    if before is not None:
-        own = torch.where(decoded.unsqueeze(-1), moe(model(before), before), own)
-    assert_close(moe(ours, x), own, **INDUCTOR)
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 def test_decoded_tokens_are_served_from_the_last_forward() -> None:
@@ -161,105 +111,6 @@ def test_positions_are_absolute(dynamic: bool | None) -> None:
             last = offset, offset + seq
 
 
-def test_interleaved_decodings() -> None:
-    model = build()
-    call = compiled(model)
-    first, second = dmoe_compile.denoising(), dmoe_compile.denoising()
-    before: dict[int, Tensor] = {}
-    for turn in range(3):
-        for seed, context in ((0, first), (100, second)):
-            x = draw(seed + turn)
-            context.step(SOME if turn else None, shape=SIZE)
-            out = context.run(call, x)
-            own = moe(model(x), x)
-            if turn:
-                own = torch.where(SOME.unsqueeze(-1), before[seed], own)
-            assert_close(moe(out, x), own, **INDUCTOR)
-            before[seed] = own
-    with pytest.raises(AssertionError):  # the two do differ
-        assert_close(before[0], before[100], **INDUCTOR)
-
-
-def test_generators_that_take_turns_inside_a_with_are_refused() -> None:
-    """A generator's context variable stays set while it waits: the second would take the first one's forwards."""
-    call = compiled(build())
-
-    def stream(seed: int) -> Iterator[Tensor]:
-        with dmoe_compile.denoising() as context:
-            for step in range(3):
-                context.step(SOME if step else None, shape=SIZE)
-                yield call(draw(seed + step))
-
-    one, other = stream(0), stream(50)
-    next(one)
-    next(other)
-    with pytest.raises(RuntimeError, match="another decoding context was entered after this one"):
-        next(one)
-    other.close()
-    assert current() is None  # although `one`, which was left first, had been entered when `other` was
-
-
-def test_two_forwards_at_once_in_one_context_are_refused() -> None:
-    context = dmoe_compile.denoising()
-    with pytest.raises(RuntimeError, match="is entered already"):
-        context.run(lambda: context.run(lambda: None))
-    assert context.run(lambda: 1) == 1
-
-
-def test_nested_contexts() -> None:
-    model = build()
-    call = compiled(model)
-    with dmoe_compile.denoising() as outer:
-        outer.step(shape=SIZE)
-        call(draw(0))
-        with dmoe_compile.denoising() as inner:
-            inner.step(shape=SIZE)
-            call(draw(10))
-            poison(outer)
-            inner.step(SOME)
-            expect(call(draw(11)), model, draw(11), draw(10))
-        for stored in outer._stored.values():
-            stored.buffer.copy_(moe(model(draw(0)), draw(0)))
-        outer.step(SOME)
-        expect(call(draw(1)), model, draw(1), draw(0))
-
-
-def test_a_second_model_in_one_context() -> None:
-    """Same class, same names, same shapes: what is stored goes by the experts' own weights."""
-    one, other = build(0), build(1)
-    calls = compiled(one), compiled(other)
-    with dmoe_compile.denoising() as context:
-        for seed in (0, 1):
-            context.step(SOME if seed else None, shape=SIZE)
-            for call, model in zip(calls, (one, other), strict=True):
-                expect(call(draw(seed)), model, draw(seed), draw(0) if seed else None)
-
-
-def test_weights_that_took_the_place_of_others() -> None:
-    """An id is reused once its object is gone: the reference in the store says that it is another's."""
-    model = build()
-    call = compiled(model)
-    with dmoe_compile.denoising() as context:
-        context.step(shape=SIZE)
-        call(draw(0))
-        for stored in context._stored.values():
-            stored.experts = _reference_to_nothing()
-        poison(context)
-        context.step(ALL)
-        expect(call(draw(1)), model, draw(1))
-
-
-def _reference_to_nothing() -> Any:
-    import weakref
-
-    gone = torch.zeros(1)
-    reference = weakref.ref(gone)
-    del gone
-    gc.collect()
-    assert reference() is None
-    return reference
-
-
 def test_a_forward_that_runs_twice_in_a_step_is_refused() -> None:
     """As with classifier-free guidance in two calls: the second would be served from the first."""
     call = compiled(build())
@@ -336,78 +187,6 @@ def test_recompiles_and_resets_keep_the_state() -> None:
         expect(compiled(model)(draw(1)), model, draw(1), draw(0))
 
 
-def test_threads_have_their_own() -> None:
-    model = build()
-    call = compiled(model)
-    with dmoe_compile.denoising() as context:
-        context.step(shape=SIZE)
-        call(draw(0))
-    failures: list[BaseException] = []
-    turn = threading.Barrier(2)
-
-    def decode(seed: int) -> None:
-        try:
-            with torch.no_grad(), dmoe_compile.denoising() as context:
-                for step in range(4):
-                    context.step(SOME if step else None, shape=SIZE)
-                    turn.wait()
-                    before = torch.where(SOME.unsqueeze(-1), draw(seed), draw(seed + step - 1)) if step else None
-                    out = call(draw(seed + step))
-                    turn.wait()
-                    expect(out, model, draw(seed + step), before)
-        except BaseException as error:
-            failures.append(error)
-            turn.abort()
-
-    threads = [threading.Thread(target=decode, args=(seed,)) for seed in (0, 50)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
-
-
-def test_asyncio_tasks_have_their_own() -> None:
-    model = build()
-    call = compiled(model)
-
-    async def decode(seed: int) -> None:
-        with dmoe_compile.denoising() as context:
-            for step in range(3):
-                context.step(SOME if step else None, shape=SIZE)
-                await asyncio.sleep(0)
-                before = torch.where(SOME.unsqueeze(-1), draw(seed), draw(seed + step - 1)) if step else None
-                expect(call(draw(seed + step)), model, draw(seed + step), before)
-
-    async def main() -> None:
-        await asyncio.gather(decode(0), decode(50))
-
-    asyncio.run(main())
-
-
-def test_a_task_does_not_inherit_the_context_of_another() -> None:
-    """asyncio copies context variables into new tasks; two tasks in one context would read each other's state."""
-    call = compiled(build())
-
-    async def child() -> None:
-        call(draw(0))
-
-    async def main() -> None:
-        with dmoe_compile.denoising() as context:
-            context.step(shape=SIZE)
-            with pytest.raises(RuntimeError, match="entered by another thread or asyncio task"):
-                await asyncio.create_task(child())
-
-    asyncio.run(main())
-
-
-def test_copies_are_refused() -> None:
-    context = dmoe_compile.denoising()
-    for make in (copy.copy, copy.deepcopy, pickle.dumps):
-        with pytest.raises(TypeError, match="can't be copied"):
-            make(context)
-
-
 def test_memory_is_bounded_and_freed() -> None:
     """Two buffers a site at most, however often the number of rows changes."""
     model = build()
@@ -425,12 +204,6 @@ def test_memory_is_bounded_and_freed() -> None:
         assert sizes == [one] + [5 * one] * 5
     assert context.nbytes == 0
     assert len(context.stats) == 6
-
-
-def test_entered_twice_is_refused() -> None:
-    context = dmoe_compile.denoising()
-    with context, pytest.raises(RuntimeError, match="is entered already"):
-        context.__enter__()
 
 
 def test_candidates_need_a_choice() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 import dmoe_compile
 from dmoe_compile import Config
 from reference_model import Gate, MoeBlock, Rewriting
-from test_backend import QUICK, TinyMoE
+from tiny_moe import QUICK, TinyMoE
 
 E, H, K, L = 24, 8, 4, 8
 GROUPS = {"no groups": (1, 1), "groups": (4, 2)}

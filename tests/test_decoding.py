@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
 from dmoe_compile.candidates import _distance, filled_in, verify
 from dmoe_compile.decoding import Decoder, Forward, Sampling
-from test_backend import ATEN
+from tiny_moe import ATEN
 
 REFERENCE = Path(__file__).parent / "reference"
 TEAM = sorted(path.stem for path in REFERENCE.glob("case4_*.json"))

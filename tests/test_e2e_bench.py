@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from dmoe_compile.bench import e2e as figure
 from dmoe_compile.bench import stacks
-from test_backend import ATEN
+from tiny_moe import ATEN
 
 REFERENCE = Path(__file__).parent / "reference"
 SMALL = {

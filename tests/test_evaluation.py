@@ -11,7 +11,7 @@ import torch
 
 from dmoe_compile import Config, decoding, evaluation, pareto
 from dmoe_compile.evaluation import Run, Settings, compare, evaluate, summary
-from test_backend import ATEN
+from tiny_moe import ATEN
 
 SMALL = Settings(problems=5, max_new_tokens=32, threshold=0.004)
 

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from dmoe_compile import prepare
 from fuzz import Block, Form, forms
 from reference_model import Rewriting
-from test_backend import ATEN
+from tiny_moe import ATEN
 
 # Experts are summed in another order, fp32, or rounded once more or less, bf16; sums are of unit size times the scale.
 TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.bfloat16: dict(rtol=2**-5, atol=2**-4)}

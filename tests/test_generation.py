@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, TextStreamer
 
 import dmoe_compile
 from dmoe_compile import Config, Generated
-from test_backend import ATEN
 from test_decoding import MASK, TEAM, case, load
+from tiny_moe import ATEN
 
 NAME = next(name for name in TEAM if "_B_" in name)  # a low threshold: few forwards
 

@@ -15,7 +15,7 @@ import dmoe_compile
 import zoo
 from dmoe_compile import Config
 from reference_model import Rewriting
-from test_backend import ATEN, TinyMoE
+from tiny_moe import ATEN, TinyMoE
 
 CONFIG = Config(passes=("dmoe",), block_length=16)
 # Every method under options that choose all experts. auto is told of figures with which a coreset pays.

@@ -32,8 +32,8 @@ from dmoe_compile import prepare
 from dmoe_compile.bench.published import BailingGate
 from dmoe_compile.decoding import Forward, Sampling
 from llada2 import LLaDA2
-from test_backend import ATEN
 from test_decoding import MASK, L, case, decode
+from tiny_moe import ATEN
 
 REFERENCE = Path(__file__).parent / "reference"
 CASES = sorted(path.stem for path in REFERENCE.glob("case6_*.json"))

@@ -26,6 +26,7 @@ def _forget() -> Iterator[None]:
 @pytest.mark.parametrize("name", SOURCES)
 def test_builds_here(name: str) -> None:
     assert native.library(name) is not None
+    assert '#include "' not in native.source(name)  # the cache goes by the text: nothing of ours may lie outside
 
 
 def test_without_a_compiler_pytorch_runs_instead(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from test_backend import TinyMoE
+from tiny_moe import TinyMoE
 
 SETTINGS = Settings(block_length=8)
 DMOE = {"dmoe": Options(top_p=0.3, min_experts=3)}
@@ -108,7 +108,7 @@ def test_stats_add_one_output_but_never_to_a_joint_graph():
 
 SCRIPT = """
 import torch
-from test_backend import TinyMoE
+from tiny_moe import TinyMoE
 
 options = {"passes": ["dmoe"], "fallback_by_default": True}
 with torch.no_grad():

@@ -28,7 +28,7 @@ from torch import Tensor
 import dmoe_compile
 from dmoe_compile import Config
 from reference_model import Rewriting
-from test_backend import QUICK, TinyMoE
+from tiny_moe import QUICK, TinyMoE
 
 DOCS = Path(__file__).parents[1] / "docs" / "policies.md"
 

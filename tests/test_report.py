@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 import forms
 import zoo
 from dmoe_compile import Config, explain
-from test_backend import ALL_EXPERTS, DMOE, QUICK, NoMoE, TinyMoE, WithSideOutputs
+from tiny_moe import ALL_EXPERTS, DMOE, QUICK, NoMoE, TinyMoE, WithSideOutputs
 
 CONFIG = Config.from_options(DMOE)
 

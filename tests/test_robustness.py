@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import dmoe_compile
 import zoo
 from dmoe_compile import Config
-from test_backend import ATEN
+from tiny_moe import ATEN
 
 OPTIONS = {"passes": ["dmoe"], "dmoe.min_experts": 4, "block_length": 16, **ATEN}
 

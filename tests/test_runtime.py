@@ -12,7 +12,7 @@ import dmoe_compile
 from dmoe_compile import Config, backend, runtime
 from dmoe_compile.notices import Notices
 from dmoe_compile.runtime import Recorder, RoutingStats
-from test_backend import ATEN, DMOE, INDUCTOR, QUICK, TinyMoE, WithSideOutputs, eager
+from tiny_moe import ATEN, DMOE, INDUCTOR, QUICK, TinyMoE, WithSideOutputs, eager
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ import dmoe_compile
 import forms
 import zoo
 from dmoe_compile import prepare
-from test_backend import ATEN, INDUCTOR
+from tiny_moe import ATEN, INDUCTOR
 
 B, S = 2, 8
 SIZE = (B, S)

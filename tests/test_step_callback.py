@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import dmoe_compile
 import zoo
 from dmoe_compile.context import current
-from test_backend import ATEN
 from test_pipelines import MASK, SPECIAL, L, tokenizer
+from tiny_moe import ATEN
 
 CACHE = {"passes": ["team"], "team.limit": False, **ATEN}
 PROMPTS = [" ".join(f"w{20 + (7 * i + 31 * row) % 100}" for i in range(10 + row)) for row in range(2)]

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import dmoe_compile
 import forms
 from dmoe_compile import prepare
-from test_backend import ATEN, INDUCTOR, TinyMoE
+from tiny_moe import ATEN, INDUCTOR, TinyMoE
 
 REFERENCE = Path(__file__).parent / "reference"
 CASE = load_file(REFERENCE / "case3_team_moe_block.safetensors")

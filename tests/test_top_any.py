@@ -24,7 +24,7 @@ import rewriting
 import zoo
 from dmoe_compile import Config
 from reference_model import Rewriting
-from test_backend import ATEN, BLOCK, INDUCTOR, TinyMoE
+from tiny_moe import ATEN, BLOCK, INDUCTOR, TinyMoE
 
 RATIO = 0.8
 

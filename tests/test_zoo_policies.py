@@ -1,7 +1,7 @@
 """Every coreset method on every model of the zoo: real settings give what the rule gives in eager PyTorch.
 
 The rule is applied to the model's own code by replacing the one top-k over its experts. Routers with groups are
-compared in tests/test_dmoe.py (with the released tensors), test_constrain.py and test_cover.py.
+compared in tests/test_dmoe_released.py (with the released tensors), test_constrain.py and test_cover.py.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 RECORDED = "recorded"
-_SHORT = 5  # forwards of a block with which a way is compiled: TEAM's first, those with candidates, its last
+_SHORT = 5  # forwards of a block to compile with, or as few as the script allows: TEAM has one of each kind by then
 
 
 @dataclass(frozen=True)

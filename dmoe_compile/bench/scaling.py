@@ -211,7 +211,7 @@ def draw(rows: Sequence[Row], path: Path) -> list[Path]:
         axes.set_xlabel(_AXES[sweep])
         axes.set_ylabel("ms a layer; dotted: roofline")
         axes.legend(fontsize=8)
-    files = [path.with_suffix(".png"), path.with_suffix(".svg")]
+    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
     FigureCanvasAgg(figure).print_png(files[0])
     FigureCanvasSVG(figure).print_svg(files[1])
     return files

@@ -26,7 +26,7 @@ import zoo
 from dmoe_compile.testing.fake_gpu import Capability, fake_gpu
 from dmoe_compile.testing.generated import Generated, generated
 from dmoe_compile.testing.interpreter import OutOfBounds
-from test_backend import ATEN
+from tiny_moe import ATEN
 
 # fp32 differs in the order of sums, over at most 96 terms. A bf16 rounding moves a value by at most 2**-8 of itself;
 # eager rounds between the operations of a chain, of which there are at most three here, fused code once.

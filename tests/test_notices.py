@@ -1,0 +1,107 @@
+"""What cannot be rewritten is said once, and compiled all the same."""
+
+import logging
+
+import pytest
+import torch
+from dmoe_compile.passes import pipeline
+from torch import nn
+from torch.testing import assert_close
+
+import zoo
+from dmoe_compile.notices import say_how_to_select
+from tiny_moe import ATEN, DMOE, INDUCTOR, QUICK, NoMoE, TinyMoE, compiled, eager
+
+pytestmark = pytest.mark.usefixtures("uncached")
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 24, 16)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+def test_a_model_without_experts_warns_once(grad, x, warnings):
+    model = NoMoE()
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(compiled(model, DMOE)(x), torch.compile(model)(x))
+    (warning,) = warnings()
+    assert "no mixture-of-experts router" in warning
+    assert "Linear (L['self'].linear)" in warning
+
+
+class _BreaksAtExperts(TinyMoE):
+    """Dynamo breaks the graph between the router and its experts, and no loop over experts is the reason."""
+
+    def experts(self, rows, weights, ids):
+        torch._dynamo.graph_break()
+        return super().experts(rows, weights, ids)
+
+
+@torch.no_grad()
+def test_experts_that_break_the_graph_warn_once_with_module_reason_and_way_out(x, warnings):
+    model = _BreaksAtExperts()
+    assert_close(compiled(model, QUICK)(x), model(x), **INDUCTOR)
+    (warning,) = warnings()
+    assert "the experts of gate" in warning  # its module's path as the frame that was compiled knows it
+    assert "Dynamo broke the graph" in warning
+    assert "dmoe_compile.prepare(model)" in warning
+
+
+@torch.no_grad()
+def test_experts_left_in_a_loop_warn_once_with_module_and_way_out(warnings):
+    model = zoo.build("qwen3_moe", num_layers=1)
+    model.set_experts_implementation("eager")
+    inputs = zoo.inputs("qwen3_moe", seq=8)
+    expected = model(**inputs).logits
+    options = {**QUICK, "auto_prepare": False}
+    assert_close(compiled(model, options)(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+    (warning,) = warnings()
+    assert "the experts of model.layers.0.mlp.experts stay in a Python loop" in warning
+    assert "dmoe_compile.prepare(model)" in warning
+
+
+class _BreaksElsewhere(nn.Module):
+    """The graph breaks, but not between the router and its experts."""
+
+    def __init__(self):
+        super().__init__()
+        self.moe = TinyMoE()
+
+    def forward(self, x):
+        out = self.moe(x)
+        torch._dynamo.graph_break()
+        return out * 2
+
+
+@torch.no_grad()
+def test_a_graph_break_elsewhere_is_no_reason_to_warn(x, warnings):
+    model = _BreaksElsewhere()
+    assert_close(compiled(model, QUICK)(x), eager(model.moe, x) * 2, **INDUCTOR)
+    assert warnings() == []
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+def test_a_graph_that_cannot_be_read_compiles_as_plain_inductor(grad, x, warnings, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("no such node")
+
+    model = TinyMoE()
+    monkeypatch.setattr(pipeline, "find_sites", fail)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(compiled(model, QUICK)(x), torch.compile(model, options=ATEN)(x))
+    (warning,) = warnings()
+    assert "Compiled as plain Inductor would" in warning
+    assert "RuntimeError: no such node" in warning
+
+
+@torch.no_grad()
+def test_the_default_says_once_how_to_select_a_pass(x, caplog):
+    caplog.set_level(logging.INFO, "dmoe_compile")
+    say_how_to_select.cache_clear()
+    compiled(NoMoE())(x)
+    torch._dynamo.reset()
+    compiled(NoMoE())(x)
+    (record,) = [record for record in caplog.records if record.name.startswith("dmoe_compile")]
+    assert record.levelno == logging.INFO
+    assert 'options={"passes": ["dmoe"]}' in record.getMessage()
