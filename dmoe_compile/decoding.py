@@ -3,7 +3,7 @@
     prompt -> prefill (its complete blocks)
     block:   [prompt tail | mask ...] -> denoise, denoise, ... -> store its keys and values -> next block
 
-Tokens are committed by diffusers' BlockRefinementScheduler. What it lacks is here and in kv_cache.py, candidates.py: the
+Tokens are committed by diffusers' BlockRefinementScheduler. What it lacks is here, in kv_cache.py and candidates.py: a
 cache, the masks of the blocks, rows of different lengths, TEAM's candidates and their verification (passes/team.py has
 the Options).
 
