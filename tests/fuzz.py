@@ -203,22 +203,57 @@ class Block(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * self.form.scale
 
-    def finish(self, x: Tensor, scores: Tensor, ids: Tensor, ratio: float | None = None) -> tuple[Tensor, Tensor]:
-        """Return forward()'s results; with a `ratio`, top_any's share, every token drops experts."""
+    def finish(self, x: Tensor, scores: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         form = self.form
-        given = scores.gather(-1, ids)
-        weights = self.weigh(given).to(form.dtype)
-        if ratio is not None:
-            size = weights.float().abs()
-            small = size < ratio * size.amax(-1, keepdim=True)
-            ids = torch.where(small, ids.gather(-1, size.argmax(-1, keepdim=True)), ids)
-            given = given.masked_fill(small, -torch.inf if form.score == "logits" else 0.0)
-            weights = self.weigh(given).to(form.dtype)
+        weights = self.weigh(scores.gather(-1, ids)).to(form.dtype)
         rows, flat = x.reshape(-1, form.hidden), ids.reshape(-1, form.top_k)
         out = self.routed(rows, flat, weights.reshape(-1, form.top_k)).view(x.shape)
         if self.shared is not None:
             out = out + self.shared(x)
         return out, ids.reshape(*x.shape[:2], form.top_k)
+
+    def dropped(self, scores: Tensor, ids: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+        """Return experts and weights of tokens that drop some: top_any's `ratio` is the share of the best that is kept.
+
+        A dropped expert's place is taken by the best, with weight 0.
+        """
+        given = scores.gather(-1, ids)
+        size = self.weigh(given).to(self.form.dtype).float().abs()
+        small = size < ratio * size.amax(-1, keepdim=True)
+        given = given.masked_fill(small, -torch.inf if self.form.score == "logits" else 0.0)
+        return torch.where(small, ids.gather(-1, size.argmax(-1, keepdim=True)), ids), self.weigh(given)
+
+    def exact(self, x: Tensor, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what a choice gives in fp64, [B, S, H], and the sum of its terms' sizes: roundings are shares of it.
+
+        A projection in fp32 that cancels out is as rounded as its terms are large; one that is rounded to bf16 is not.
+        """
+        rows, shape = x.reshape(-1, self.form.hidden).double(), x.shape
+        gate, up, down = self.matrices()
+        gates, ups = (torch.einsum("th,eih->tei", rows, each) for each in (gate, up))
+        acted, size = F.silu(gates) * ups, (F.silu(gates) * ups).abs()
+        if self.form.dtype is torch.float32:
+            of_gate, of_up = (torch.einsum("th,eih->tei", rows.abs(), each.abs()) for each in (gate, up))
+            size = size + of_gate * ups.abs() + F.silu(gates).abs() * of_up
+        weighed = torch.zeros(len(rows), len(down), dtype=torch.float64).scatter_add(
+            1, ids.reshape(len(rows), -1), weights.to(self.form.dtype).double().reshape(len(rows), -1)
+        )
+        out = torch.einsum("te,tei,ehi->th", weighed, acted, down)
+        size = torch.einsum("te,tei,ehi->th", weighed.abs(), size, down.abs())
+        if self.shared is not None:
+            shared = self.shared.weight.double()
+            out, size = out + F.linear(rows, shared), size + F.linear(rows.abs(), shared.abs())
+        return out.view(shape), size.view(shape)
+
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return gate and up, [E, I, H], and down, [E, H, I], in fp64."""
+        if not isinstance(self.experts, Loop):
+            gate, up = self.experts.gate_up_proj.double().chunk(2, 1)
+            return gate, up, self.experts.down_proj.double()
+        found = []
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            found.append(torch.stack([getattr(each, name).weight for each in self.experts.experts]).double())
+        return found[0], found[1], found[2]
 
     def routed(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         if self.form.layout in ("grouped", "loop"):
@@ -237,34 +272,39 @@ class Block(nn.Module):
     def is_close(self, x: Tensor) -> bool:
         """Say whether some choice hangs on less than fp32 rounds: compiled code may round logits otherwise."""
         generator = torch.Generator().manual_seed(0)
-        wanted = self.expected(x)[1].sort(-1).values
+        wanted = self.choice(x)[0].sort(-1).values
         for _ in range(8):
             nudge = 1 + 1e-6 * torch.randn(x.shape[0] * x.shape[1] * self.form.num_experts, generator=generator)
-            if not torch.equal(self.expected(x, nudge)[1].sort(-1).values, wanted):
+            if not torch.equal(self.choice(x, nudge)[0].sort(-1).values, wanted):
                 return True
         return False
 
     @torch.no_grad()
-    def expected(self, x: Tensor, nudge: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return what forward() must give once the passes of the form's options have changed the routing.
+    def expected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the experts that the passes leave, [B, S, k], and what these give, exactly, with its terms' sizes."""
+        ids, weights = self.choice(x)
+        return (ids.reshape(*x.shape[:2], self.form.top_k), *self.exact(x, ids, weights))
+
+    @torch.no_grad()
+    def choice(self, x: Tensor, nudge: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return experts and weights, [.., k], as the passes of the form's options must leave them.
 
         Args:
             x: hidden states [B, S, H].
             nudge: what logits are multiplied by, T*E values; None leaves them.
         """
         config = Config.from_options(self.form.options)
-        dropping = config.selected.get("top_any")
-        ratio = None if dropping is None else dropping.ratio
         scores, biased = self.scores(x, nudge)
-        own = self.select(self.group_mask(biased))
+        ids = self.select(self.group_mask(biased))
         longest = config.max_block_tokens
-        if not set(config.selected) - {"top_any"} or (longest is not None and x.shape[1] > longest):
-            return self.finish(x, scores, own, ratio)
-        rows = biased.reshape(-1, self.form.num_experts)
-        weights = self.weigh(scores.gather(-1, own)).to(self.form.dtype)  # as the experts are weighed
-        inside = self._coresets(rows, own.reshape(-1, own.shape[-1]), weights.reshape(-1, own.shape[-1]))
-        ids = torch.stack([self._best(*each) for each in zip(rows, inside, strict=True)])
-        return self.finish(x, scores, ids.view(own.shape), ratio)
+        if set(config.selected) - {"top_any"} and (longest is None or x.shape[1] <= longest):
+            rows = biased.reshape(-1, self.form.num_experts)
+            weights = self.weigh(scores.gather(-1, ids)).to(self.form.dtype)  # as the experts are weighed
+            inside = self._coresets(rows, ids.reshape(len(rows), -1), weights.reshape(len(rows), -1))
+            ids = torch.stack([self._best(*each) for each in zip(rows, inside, strict=True)]).view(ids.shape)
+        if "top_any" in config.selected:
+            return self.dropped(scores, ids, config.selected["top_any"].ratio)
+        return ids, self.weigh(scores.gather(-1, ids))
 
     def _coresets(self, rows: Tensor, own: Tensor, weights: Tensor) -> Tensor:
         """Return the experts that each token may use, [T, E] bool, block by block."""

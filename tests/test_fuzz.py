@@ -9,15 +9,15 @@ import pytest
 import torch
 from hypothesis import given, note, settings
 from torch import Tensor
-from torch.testing import assert_close
 
 from dmoe_compile import prepare
 from fuzz import Block, Form, forms
 from reference_model import Rewriting
 from tiny_moe import ATEN
 
-# Experts are summed in another order, fp32, or rounded once more or less, bf16; sums are of unit size times the scale.
-TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-4), torch.bfloat16: dict(rtol=2**-5, atol=2**-4)}
+# Of the sum of the terms' sizes. In bf16 it is rounded by half a unit up to eight times: gate, up, act, product, down,
+# weight, term, sum with the shared expert; in fp32 by sums of at most 48 terms and what is between them.
+TOLERANCE = {torch.float32: 64 * 2**-24, torch.bfloat16: 8 * 2**-9}
 ALL_EXPERTS = {"dmoe": {"dmoe.min_experts": 2**31}, "cover": {"cover.mass": 1.0, "cover.max_experts": None}}
 ALL_EXPERTS |= {"des": {"des.keep": 2**31, "des.coreset_size": 2**31}, "top_any": {"top_any.ratio": 0.0}}
 
@@ -53,20 +53,25 @@ def rewritten(form: Form, **options: Any) -> tuple[tuple[Tensor, Tensor], Rewrit
     return compiled(form, backend)(form.inputs(0)), backend
 
 
+def assert_near(found: Tensor, exact: Tensor, size: Tensor) -> None:
+    """Hold a block's results against exact ones, up to roundings of terms that are as large as `size` together."""
+    off = (found.double() - exact).abs() - TOLERANCE[found.dtype] * (size + exact.abs())
+    assert off.max() <= 0, f"{found.dtype}: {off.max():.2g} more than roundings explain"
+
+
 def check(form: Form) -> None:
     note(str(form))
     x, block = form.inputs(0), Block(form)
-    own = block(x)
     longest = form.options["max_block_tokens"]
     passes = form.options["passes"]
     restricted = bool(set(passes) - {"top_any"}) and (longest is None or form.seq <= longest)
     changed = restricted or "top_any" in passes
-    wanted = block.expected(x) if changed else own
+    wanted, *exact = block.expected(x)
     (out, ids), backend = rewritten(form)
     assert [outcome.rewritten for outcome in backend.outcomes] == [changed] * len(backend.outcomes)
     assert len(backend.outcomes) == 1
-    assert torch.equal(ids.sort(-1).values, wanted[1].sort(-1).values)
-    assert_close(out, wanted[0], **TOLERANCE[form.dtype])
+    assert torch.equal(ids.sort(-1).values, wanted.sort(-1).values)
+    assert_near(out, *exact)
     if passes:
         same, _ = rewritten(form, **{key: value for name in passes for key, value in ALL_EXPERTS[name].items()})
         plain, _ = rewritten(form, passes=[])
@@ -77,10 +82,9 @@ def check(form: Form) -> None:
         again = run(x)
     assert all(map(torch.equal, first, again))
     assert not all(map(torch.equal, first, second)) or form.num_experts == form.top_k
-    if torch.equal(first[1].sort(-1).values, wanted[1].sort(-1).values):
-        assert_close(first[0], wanted[0], **TOLERANCE[form.dtype])
+    if torch.equal(first[1].sort(-1).values, wanted.sort(-1).values):
+        assert_near(first[0], *exact)
     else:
-        assert changed
         assert block.is_close(x)
     assert len(said) == (bool(passes) and not changed)  # one warning: it is left alone, and why
 

@@ -7,9 +7,9 @@ class where transformers has it, otherwise one whose blocks are the same (router
                  z ~ N(0, 1.5). Where d is the distance to the nearest known token, the model is sure of its token with
                  probability sigmoid(ease + z - 0.7 (d - 1)), and right where that is above a half. `ease` is such that
                  decoding without passes accepts a given number of tokens a forward at threshold 0.9.
-    routers      Tokens of a trained model have much in common, so that a block prefers some experts. Here all
-                 embeddings share a part of their variance, such that blocks of 32 tokens, an eighth to seven eighths of
-                 them known, use 43% of the experts that even routing would: the share that is published for
+    routers      Tokens of a trained model have much in common, so that a block prefers some experts. Here all (large)
+                 embeddings share a part of their variance, such that blocks of 32 tokens behind 64 others, an eighth to
+                 seven eighths of them known, use 43% of the experts that even routing would: the share published for
                  LLaDA2.0-mini (69.5 unique experts of 256, 8 a token; even routing uses 163). Longer blocks use more.
                  Router logits have a standard deviation of 0.8, as in coresets.py.
     masks        In a trained model a mask token's state soon depends on its place; in a random one all mask tokens
@@ -40,9 +40,11 @@ VOCABULARY = 1024  # the last of it is the mask token as a decoder sees it; then
 UNIQUE_SHARE = 69.5 / 163  # of what even routing uses: LLaDA2.0-mini, in the dMoE paper (arXiv 2605.30876)
 THRESHOLD = 0.9
 _CALIBRATED = 32  # tokens, for which routers are calibrated,
+_BEFORE = 64  # behind so many others,
 _LEVELS = 4  # with so many numbers of known ones
 _DIFFICULTY, _DECAY = 1.5, 0.7
 _LOGIT_STD = 0.8  # of routers
+_EMBEDDING_STD = 8.0  # what layers of random weights add to all tokens alike would drown the usual 0.02 in a few layers
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def _model(stack: Stack, layers: int, columns: int) -> PreTrainedModel:
 
     made = getattr(transformers, stack.architecture)
     config = made.config_class(
-        **stack.config, vocab_size=VOCABULARY + max(columns, _CALIBRATED), num_hidden_layers=layers,
+        **stack.config, vocab_size=VOCABULARY + max(columns, _BEFORE + _CALIBRATED), num_hidden_layers=layers,
         tie_word_embeddings=True, max_position_embeddings=max(columns, 4096), pad_token_id=None,
     )  # fmt: skip
     model: PreTrainedModel = made(config)
@@ -166,8 +168,13 @@ def recorded(path: Path) -> tuple[PreTrainedModel, int]:
 
 
 @contextmanager
-def unique_experts(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Collect how many experts each sequence of each forward uses in each layer, in the order of calls."""
+def unique_experts(model: PreTrainedModel, last: int = 0) -> Iterator[list[int]]:
+    """Collect how many experts each sequence of each forward uses in each layer, in the order of calls.
+
+    Args:
+        model: its layers' experts are watched.
+        last: only so many tokens of each sequence count; 0: all.
+    """
     used: list[int] = []
     rows = 1
 
@@ -177,7 +184,7 @@ def unique_experts(model: PreTrainedModel) -> Iterator[list[int]]:
 
     def note(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         (ids,) = (each for each in arguments if not each.is_floating_point())
-        used.extend(row.unique().numel() for row in ids.view(rows, -1))
+        used.extend(row[-last:].unique().numel() for row in ids.view(rows, -1, ids.shape[-1]))
 
     hooks = [model.register_forward_pre_hook(begin, with_kwargs=True)]
     hooks += [layer.mlp.experts.register_forward_pre_hook(note) for layer in layers_of(model)]
@@ -195,12 +202,17 @@ def published_unique(count: int, top_k: int) -> float:
 
 def unique_of_blocks(model: PreTrainedModel, generator: torch.Generator) -> float:
     """Return the unique experts of blocks of 32 tokens, an eighth to seven eighths of them known: mean over layers."""
+    length = _BEFORE + _CALIBRATED
     known = (torch.arange(_LEVELS).unsqueeze(1) + 0.5) / _LEVELS * _CALIBRATED
-    tokens = torch.randint(0, VOCABULARY - 1, (_LEVELS, _CALIBRATED), generator=generator)
-    places = torch.rand(_LEVELS, _CALIBRATED, generator=generator).argsort(1).argsort(1)
-    ids = torch.where(places < known, tokens, VOCABULARY + torch.arange(_CALIBRATED))
-    mask = torch.zeros(_LEVELS, 1, _CALIBRATED, _CALIBRATED, dtype=model.dtype)
-    with torch.no_grad(), unique_experts(model) as used:
+    tokens = torch.randint(0, VOCABULARY - 1, (_LEVELS, length), generator=generator)
+    places = torch.rand(_LEVELS, length, generator=generator)
+    places[:, :_BEFORE] = -1.0  # known, all of them
+    ids = torch.where(places.argsort(1).argsort(1) < _BEFORE + known, tokens, VOCABULARY + torch.arange(length))
+    blocks = torch.arange(length) // _CALIBRATED
+    hidden = blocks.unsqueeze(0) > blocks.unsqueeze(1)
+    mask = torch.zeros(length, length, dtype=model.dtype).masked_fill_(hidden, torch.finfo(model.dtype).min)
+    mask = mask.expand(_LEVELS, 1, -1, -1)
+    with torch.no_grad(), unique_experts(model, last=_CALIBRATED) as used:
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     return mean(used)
 
@@ -213,7 +225,7 @@ def _calibrate(model: PreTrainedModel, top_k: int, seed: int) -> None:
         gate = layer.mlp.gate.weight
         gate.copy_(torch.randn(gate.shape, generator=generator) * _LOGIT_STD / gate.shape[1] ** 0.5)
     embeddings = model.get_input_embeddings().weight
-    own = embeddings.clone()
+    own = embeddings * (_EMBEDDING_STD / embeddings.std())
     common = own.std() * torch.randn(own.shape[1], generator=generator)
     wanted = published_unique(len(layers_of(model)[0].mlp.gate.weight), top_k)
     low, high = 0.0, 1.0
