@@ -12,7 +12,6 @@ import difflib
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -71,7 +70,6 @@ def main() -> None:
         parser.error(f"{', '.join(sorted(unknown))}: must be of passes/ and in TESTS")
     if chosen.sample < 1:
         parser.error(f"--sample is {chosen.sample}, but must be at least 1")
-    sys.dont_write_bytecode = True
     caught = tried = 0
     for module in chosen.modules:
         tests = [f"tests/{name}.py" for name in TESTS[module].split()]

@@ -23,6 +23,7 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
+from cpu_operands import routing
 from dmoe_compile.testing.fake_gpu import fake_gpu
 from dmoe_compile.testing.interpreter import interpreted
 from pairwise import covering
@@ -85,14 +86,6 @@ def operands(
         alpha=1.702,
         limit=1.5,  # some of the values of these tests are beyond it
     )
-
-
-def routing(T: int, E: int, k: int) -> Tensor:
-    """Return ids, [T, k], of the first two thirds of the experts; some pairs, and every fifth token, are unrouted."""
-    ids = torch.rand(T, E)[:, : max(k, 2 * E // 3)].argsort(-1)[:, :k]
-    ids = torch.where(torch.rand(T, k) < 0.1, E, ids)
-    ids[4::5] = torch.tensor([-1, E, 10**10] * k)[:k]
-    return ids
 
 
 def truth_of(args: Args) -> Tensor:
