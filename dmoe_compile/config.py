@@ -34,7 +34,7 @@ class Config:
         passes: names of the passes to run, each at most once. With none (the default) nothing is lossy. "auto" (lossy
             too) is `cover` at the sites where the cost model says that it pays.
         block_length: tokens of a sequence that are denoised together and share a coreset: the model's own
-            denoising unit (32 in LLaDA2 and SDAR, the canvas, 256, in DiffusionGemma).
+            denoising unit (32 in LLaDA2, 4 to 64 in SDAR's checkpoints, the canvas, 256, in DiffusionGemma).
         max_block_tokens: forwards with more tokens a sequence than this are left alone; None rewrites all.
         scope: "block": the tokens of a block share a coreset. "batch": all tokens of a forward share one, whatever
             its sequences, so that they read no more experts than it has.

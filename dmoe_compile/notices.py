@@ -43,7 +43,8 @@ class Notices:
         message = "" if waits else _complaint(gm, findings, broken)
         nothing_here = not findings.outcomes and not findings.refusals
         if message and not (broken and self.in_loops) and not (self.in_pieces and nothing_here):
-            self.warn(f"{', '.join(config.passes)}: {message} Compiled as plain Inductor would.")
+            so = "Its routing is the model's own." if findings.changed else "Compiled as plain Inductor would."
+            self.warn(f"{', '.join(config.passes)}: {message} {so}")
         self.in_pieces |= bool(broken or findings.outcomes)
 
     def loops(self, messages: Sequence[str]) -> None:

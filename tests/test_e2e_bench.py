@@ -107,7 +107,7 @@ def test_every_stack_decodes(shape: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"{shape}: 1 layers" in printed(rows)
 
 
-@pytest.mark.parametrize("wanted", [1.5, 4.0])
+@pytest.mark.parametrize("wanted", [1.0, 1.5, 4.0, 32.0])
 def test_the_script_accepts_as_many_tokens_as_asked(wanted: float) -> None:
     prompt = torch.zeros(1, 32, dtype=torch.int64)
     script = figure.scripted(stacks.STACKS["SDAR-30B-A3B"], 4, prompt, 0, wanted)
@@ -161,6 +161,7 @@ def test_the_recorded_model_decodes_by_its_own_confidences(monkeypatch: pytest.M
         ({"layers": 0}, "layers is 0, but must be at least 1"),
         ({"memory_gib": 0.0}, r"memory_gib is 0.0, but must be above 0"),
         ({"tokens_per_forward": 0.5}, r"tokens_per_forward is 0.5, but must be at least 1"),
+        ({"tokens_per_forward": 33.0}, "tokens_per_forward is 33.0, but SDAR-30B-A3B has blocks of 32 tokens"),
         ({"dtype": "int8"}, "dtype is 'int8'"),
         ({"recorded": "nowhere.json"}, "recorded is nowhere.json, but there is no such file"),
         ({"threads": 0}, "threads is 0"),

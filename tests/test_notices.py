@@ -81,6 +81,17 @@ def test_a_graph_break_elsewhere_is_no_reason_to_warn(x, warnings):
     assert warnings() == []
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("experts", "says"), [(True, "Its routing is the model's own."), (False, "Compiled as plain Inductor would.")]
+)
+def test_a_forward_that_is_left_alone_says_what_runs_instead(experts, says, warnings):
+    model, inputs = zoo.build("qwen3_moe", num_layers=1), zoo.inputs("qwen3_moe", seq=8)
+    compiled(model, {**QUICK, "max_block_tokens": 7, "experts": experts})(**inputs)
+    (warning,) = warnings()
+    assert warning.endswith(f"8 tokens a sequence are more than max_block_tokens=7. {says}")
+
+
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
 def test_a_graph_that_cannot_be_read_compiles_as_plain_inductor(grad, x, warnings, monkeypatch):
     def fail(*args, **kwargs):

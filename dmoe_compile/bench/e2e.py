@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 RECORDED = "recorded"
-_SHORT = 5  # forwards of a block to compile with, or as few as the script allows: TEAM has one of each kind by then
+_SHORT = 5  # forwards of a block to compile with: TEAM has one of each kind by then
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,12 @@ class Settings:
             raise ValueError(f"memory_gib is {self.memory_gib}, but must be above 0")
         if self.tokens_per_forward is not None and not self.tokens_per_forward >= 1:
             raise ValueError(f"tokens_per_forward is {self.tokens_per_forward}, but must be at least 1")
+        for name in self.shapes or STACKS:
+            if (self.tokens_per_forward or 1) > STACKS[name].block_length:
+                raise ValueError(
+                    f"tokens_per_forward is {self.tokens_per_forward}, but {name} has blocks of "
+                    f"{STACKS[name].block_length} tokens, of which a forward can accept no more"
+                )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}, but must be auto, float32 or bfloat16")
         if self.recorded is not None and not Path(self.recorded).is_file():
@@ -287,6 +293,8 @@ def _row(name: str, found: _Found, own: Sequence[float], costs: Costs) -> Row:
     steps = len(trial.denoising)
     if way.options:
         own = [mean(each.unique_experts.values()) for each in trial.forwards]
+    elif len(own) != len(trial.forwards):  # confidences of its own, and rounding made it accept others
+        own = [mean(own)] * len(trial.forwards)
     pairs = list(zip(trial.forwards, own, strict=True))
     unique = [each for forward, each in pairs if forward.committed is not None]
     eager = way.compiler == "none"

@@ -273,7 +273,7 @@ class Script:
 
 
 def calibrated(columns: int, seed: int, wanted: float, accepted: Callable[[Script], float]) -> Script:
-    """Return the script with which decoding without passes accepts `wanted` tokens a forward.
+    """Return the script with which decoding without passes accepts `wanted` tokens a forward, or a few more.
 
     Args:
         columns: positions that it answers for.
@@ -281,11 +281,12 @@ def calibrated(columns: int, seed: int, wanted: float, accepted: Callable[[Scrip
         wanted: tokens a forward.
         accepted: decodes by a script alone, and returns the tokens a forward.
     """
-    low, high = -12.0, 12.0
+
+    def script(ease: float) -> Script:
+        return Script(columns, VOCABULARY - 1, seed, ease)
+
+    low, high = -12.0, 12.0 + _DECAY * columns  # from no token that is sure of itself to all of them at once
     for _ in range(20):
-        script = Script(columns, VOCABULARY - 1, seed, (low + high) / 2)
-        if accepted(script) < wanted:
-            low = script.ease
-        else:
-            high = script.ease
-    return script
+        middle = (low + high) / 2
+        low, high = (middle, high) if accepted(script(middle)) < wanted else (low, middle)
+    return script(high)

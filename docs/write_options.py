@@ -1,9 +1,10 @@
-"""What mkdocs fills in: the options of the backend, read from the dataclasses that check them."""
+"""Write the tables of options.md, read from the dataclasses that check the options: python -P docs/write_options.py."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import griffe
@@ -11,17 +12,17 @@ from dmoe_compile.passes.policies import pass_names, pass_options
 
 from dmoe_compile import Config
 
-_MARK = "<!-- options -->"
+PAGE = Path(__file__).with_name("options.md")
 _GATHERED = ("policies", "inductor")  # of Config: keys of their own stand for them
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Put the options where a page asks for them; mkdocs calls this for every page."""
-    return markdown.replace(_MARK, "\n".join(lines())) if _MARK in markdown else markdown
+def page() -> str:
+    """Return options.md as it should be: what a person wrote, down to the first table, then the tables."""
+    return "\n".join([PAGE.read_text().partition("\n## ")[0].rstrip(), "", *lines(), ""])
 
 
 def lines() -> Iterator[str]:
-    """Yield the page's lines: a table for the backend's own options, and one for each pass."""
+    """Yield the lines of the tables: one for the backend's own options, and one for each pass."""
     yield from ("## Of every pass", "", *_table(Config, ""))
     for name in pass_names():
         yield from ("", f"## `{name}`", "", *_table(pass_options(name), f"{name}."))
@@ -43,3 +44,7 @@ def _attributes(options: type) -> list[Any]:
     return [
         each for section in sections if section.kind is griffe.DocstringSectionKind.attributes for each in section.value
     ]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
