@@ -6,6 +6,7 @@ B, S: sequences, tokens per sequence; L: tokens of a block; N: blocks; E, k: exp
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import hypothesis.strategies as st
@@ -67,6 +68,15 @@ def layout(request: pytest.FixtureRequest, sizes: tuple[int, int, int]) -> Block
     return Blocks(batch, seq, length, _masks(batch, seq)[request.param])
 
 
+@pytest.fixture(params=[name for name, mask in _masks(1, 1).items() if mask is not None])
+def padded(request: pytest.FixtureRequest, sizes: tuple[int, int, int]) -> tuple[Blocks, Tensor]:
+    """A layout with padding, and its tokens that vote, [T] bool."""
+    batch, seq, length = sizes
+    mask = _masks(batch, seq)[request.param]
+    assert mask is not None
+    return Blocks(batch, seq, length, mask), mask.reshape(-1)
+
+
 def test_blocks_hold_the_tokens_that_a_loop_puts_there(layout: Blocks) -> None:
     tokens = torch.arange(1, layout.batch * layout.seq + 1).unsqueeze(-1)  # each token's number, from 1
     split, voting = layout.split(tokens)
@@ -87,6 +97,16 @@ def test_spread_gives_each_token_what_its_block_has(layout: Blocks) -> None:
     spread = layout.spread(blocks)
     assert spread.shape == (layout.batch * layout.seq, 2)
     assert spread[:, 0].view(layout.batch, layout.seq).tolist() == _block_numbers(layout)
+
+
+def test_silent_tokens_stay_in_their_block_and_do_not_vote(layout: Blocks) -> None:
+    tokens, silent = torch.arange(layout.batch * layout.seq).unsqueeze(-1), torch.rand(layout.batch, layout.seq) < 0.5
+    for whole in (False, True):
+        plain = replace(layout, whole=whole)
+        split, voting = plain.split(tokens)
+        same, heard = replace(plain, silent=silent).split(tokens)
+        assert torch.equal(same, split)
+        assert torch.equal(heard, voting & ~silent.view(-1)[split.squeeze(-1)])
 
 
 def test_blocks_of_symbolic_length_are_the_same(sizes: tuple[int, int, int]) -> None:
@@ -119,15 +139,29 @@ def test_a_whole_forward_is_one_block(layout: Blocks) -> None:
 # Who votes.
 
 
-def test_padding_never_votes(layout: Blocks) -> None:
-    scores = torch.rand(layout.batch * layout.seq, E)
-    if layout.voting is None:
-        return
+def test_padding_never_votes(padded: tuple[Blocks, Tensor]) -> None:
+    layout, voting = padded
+    scores = torch.rand(len(voting), E)
     ids, inside = _route(scores, layout, None)
     for garbage in (torch.nan, torch.inf, 1e30):
-        other_ids, other = _route(torch.where(layout.voting.view(-1, 1), scores, garbage), layout, None)
+        other_ids, other = _route(torch.where(voting.unsqueeze(1), scores, garbage), layout, None)
         assert torch.equal(other, inside)
         assert torch.equal(other_ids, ids)
+
+
+def test_tokens_with_scores_or_weights_that_are_no_numbers_do_not_vote() -> None:
+    """A router may make weights of 0 / 0 from scores that are numbers."""
+    scores = torch.rand(8, E)
+    weights, ids = scores.topk(K)
+    weights[5, 1], scores[2, ids[2, 0]] = torch.nan, torch.inf
+    heard = []
+
+    def rule(scores: Tensor, ids: Tensor, voting: Tensor, weights: Tensor) -> Tensor:
+        heard.append(voting)
+        return torch.ones(1, E, dtype=torch.bool)
+
+    choose(scores, Blocks(1, 8, 8), K, rule, (ids, weights))
+    assert heard[0].tolist() == [[token not in (2, 5) for token in range(8)]]
 
 
 def test_a_row_is_routed_the_same_wherever_its_padding_stands() -> None:
@@ -173,14 +207,12 @@ ROUTERS = {"no groups": None, "groups": _group_mask, "one group": partial(_group
 @pytest.mark.parametrize("offset", [0, -1], ids=["positive scores", "negative scores"])
 @pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 def test_padding_activates_no_expert_of_its_own(
-    layout: Blocks, router: Callable[[Tensor], Tensor] | None, offset: int
+    padded: tuple[Blocks, Tensor], router: Callable[[Tensor], Tensor] | None, offset: int
 ) -> None:
-    if layout.voting is None:
-        return
+    layout, voting = padded
     for top_p in (0.3, 0.6, 0.9, 1.0) * 3:
-        scores = torch.rand(layout.batch * layout.seq, E) + offset
+        scores = torch.rand(len(voting), E) + offset
         ids, inside = _route(scores, layout, router, Options(top_p, 1))
-        voting = layout.voting.view(-1)
         routed = set(ids[voting].flatten().tolist())
         assert set(ids[~voting].flatten().tolist()) <= routed
         assert inside[voting].gather(1, ids[voting]).all()

@@ -69,6 +69,23 @@ def test_tokens_below_the_promise_are_counted(groups: str) -> None:
     assert all(used[row, start : start + L].unique().numel() <= 6 for row in range(2) for start in (0, 8, 16))
 
 
+@pytest.mark.parametrize("mass", [0.9, 1.0])
+def test_the_largest_coreset_holds_whatever_is_promised(mass: float) -> None:
+    ours, rewriting = routed(
+        MoeBlock(Gate(E, H, K)), torch.randn(1, L, H), **{"cover.mass": mass, "cover.max_experts": 6}
+    )
+    assert ours["ids"].unique().numel() <= 6
+    assert rewriting.below is not None
+    assert rewriting.below.item() > 0
+
+
+def test_a_largest_coreset_below_k_means_k() -> None:
+    """Of the experts with most weight, as any other size."""
+    block, hidden = MoeBlock(Gate(E, H, K)), torch.randn(2, 20, H)
+    one, k = (routed(block, hidden, **{"cover.mass": 0.99, "cover.max_experts": n})[0]["ids"] for n in (1, K))
+    assert torch.equal(one, k)
+
+
 def test_padding_is_promised_nothing() -> None:
     block, hidden = MoeBlock(Gate(E, H, K)), torch.randn(2, 20, H)
     mask = torch.ones(2, 20, dtype=torch.int64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, invalidate_caches
 from pathlib import Path
@@ -309,4 +309,3 @@ def test_two_coreset_methods_are_an_error_that_says_why() -> None:
 def test_policies_are_found_by_name() -> None:
     assert find_policy("dmoe") is dmoe
     assert find_policy("des") is des
-    assert replace(des.Options(), keep=3).keep == 3

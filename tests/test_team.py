@@ -18,7 +18,9 @@ from torch.testing import assert_close
 
 import dmoe_compile
 import forms
+import zoo
 from dmoe_compile import prepare
+from reference_model import Gate, MoeBlock
 from tiny_moe import ATEN, INDUCTOR, TinyMoE
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -177,13 +179,15 @@ def test_each_rule_alone(cache: bool, limit: bool) -> None:
         assert (context.nbytes > 0) is cache
 
 
+TIGHT = {"dmoe.min_experts": 5, "dmoe.top_p": 0.3, "des.keep": 1, "cover.mass": 0.5}
+
+
 @pytest.mark.parametrize("name", ["dmoe", "des", "cover"])
 @pytest.mark.parametrize("groups", [None, (4, 2)], ids=["no groups", "groups"])
 def test_composes_with_coresets(name: str, groups: tuple[int, int] | None) -> None:
     """Hot tokens stay in the coreset that they vote, cold ones in what hot ones choose, and no vote is cast else."""
     model = build(groups=groups)
-    options = {"passes": ["team", name], "block_length": S, "dmoe.min_experts": 5, "dmoe.top_p": 0.3, **ATEN}
-    options |= {"des.keep": 1, "cover.mass": 0.5}
+    options = {"passes": ["team", name], "block_length": S, **TIGHT, **ATEN}
     compiled = torch.compile(model, backend="dmoe", options=options, fullgraph=True)
     x, hot = torch.randn(1, S, H), torch.zeros(1, S, dtype=torch.bool)
     hot[0, :3] = True
@@ -199,6 +203,86 @@ def test_composes_with_coresets(name: str, groups: tuple[int, int] | None) -> No
         context.step(shape=(1, 3))
         compiled(x[:, :3])
         assert used == context.stats[-1].unique_experts["gate"]
+
+
+@pytest.mark.parametrize("name", ["dmoe", "des", "cover"])
+def test_candidates_share_a_coreset(name: str) -> None:
+    """As if their rows were one block; rows on their own have other coresets."""
+    model, x = build(), torch.randn(2, S, H)
+    options = {"block_length": S, **TIGHT, **ATEN}
+    compiled = torch.compile(model, backend="dmoe", options={**options, "passes": ["team", name]}, fullgraph=True)
+    alone = torch.compile(model, backend="dmoe", options={**options, "passes": [name]}, fullgraph=True)
+    options["block_length"] = 2 * S
+    as_one = torch.compile(model, backend="dmoe", options={**options, "passes": [name]}, fullgraph=True)
+    with torch.no_grad(), dmoe_compile.denoising() as context:
+        context.step(shape=(1, S), candidates=2)
+        out = compiled(x)
+        context.accept(torch.tensor([0]))
+        context.plain()
+        assert_close(out, as_one(x.view(1, 2 * S, H)).view_as(x), **INDUCTOR)
+        assert not torch.allclose(out, alone(x), **INDUCTOR)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"passes": ["team", "auto"], "auto.gb_per_s": 1000.0, "auto.tflop_per_s": 0.001},
+        {"passes": ["team", "dmoe"], "max_block_tokens": S - 1},
+    ],
+    ids=["a coreset does not pay", "too long"],
+)
+def test_its_rules_hold_where_no_coreset_is_chosen(beside: dict[str, Any]) -> None:
+    model, x, generator = build(), torch.randn(2, B, S, H), torch.Generator().manual_seed(0)
+    decoded, cold = masks(generator, 0.4, 0.4)
+    found = []
+    for options in ({"passes": ["team"]}, beside):
+        compiled = torch.compile(model, backend="dmoe", options={**options, **ATEN}, fullgraph=True)
+        with torch.no_grad(), dmoe_compile.denoising() as context:
+            context.step(shape=(B, S))
+            compiled(x[0])
+            context.step(decoded, cold)
+            found.append((compiled(x[1]), context.stats[-1].unique_experts))
+    assert_close(found[1][0], found[0][0], **INDUCTOR)
+    assert found[1][1] == found[0][1]
+
+
+def test_padding_activates_no_expert_and_widens_no_limit() -> None:
+    block = MoeBlock(Gate(24, H, 2))
+    block.gate.weight.data.normal_()
+    compiled = torch.compile(block, backend="dmoe", options={"passes": ["team"], **ATEN}, fullgraph=True)
+    x, mask = torch.randn(B, S, H), torch.ones(B, S, dtype=torch.int64)
+    mask[1, :5] = 0
+    there, cold = mask.bool(), torch.zeros(B, S, dtype=torch.bool)
+    cold[:, 5:7] = True
+    with torch.no_grad(), dmoe_compile.denoising() as context:
+        context.step(shape=(B, S))
+        ids = compiled(x, mask)["ids"]
+        context.step(cold=cold)
+        limited = compiled(x, mask)["ids"]
+        unique = [list(step.unique_experts.values()) for step in context.stats]
+    assert torch.equal(ids[there], block(x, mask)["ids"][there])
+    assert set(ids[~there].tolist()[0]) <= set(ids[there].flatten().tolist())
+    assert unique[0] == [ids[there].unique().numel()]
+    hot = limited[1, 7:].flatten().tolist()  # the one of its sequence that is neither cold nor padding
+    assert set(limited[1, 5:7].flatten().tolist()) == set(hot)
+    assert unique[1] == [limited[there].unique().numel()]
+
+
+def test_sites_of_other_rows_are_left_alone() -> None:
+    """DiffusionGemma's encoder in the graph of its decoder: of other tokens than those that are denoised."""
+    model, inputs = zoo.build("diffusion_gemma", num_layers=1), zoo.inputs("diffusion_gemma")
+    rows, canvas = inputs["decoder_input_ids"].shape
+    assert inputs["input_ids"].shape[1] != canvas
+    compiled = torch.compile(model, backend="dmoe", options={"passes": ["team"], **ATEN}, fullgraph=True)
+    with torch.no_grad(), dmoe_compile.denoising() as context:
+        expected = model(**inputs).logits
+        context.step(shape=(rows, canvas))
+        assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-4)
+        context.step(torch.ones(rows, canvas, dtype=torch.bool))
+        assert_close(compiled(**inputs).logits, expected, rtol=1e-4, atol=1e-4)  # what was stored is what it computed
+        assert context.nbytes == rows * canvas * zoo.HIDDEN * 4
+        encoder, decoder = (step for step in context.stats[-1].unique_experts.values())
+    assert decoder < encoder
 
 
 @pytest.mark.parametrize("passes", [["team"], ["team", "dmoe"]], ids=str)
