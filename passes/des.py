@@ -63,7 +63,7 @@ def coreset(scores: Tensor, ids: Tensor, voting: Tensor, options: Options) -> Te
     votes = count_votes(scores, ids, voting)
     method, _, size = kernel(options, top_k)
     if method == "des_vote":
-        return best(votes, min(max(size, top_k), num_experts))
+        return best(votes, max(size, top_k))
     keep = min(size, num_experts)
     kept = ids[..., :keep] if keep <= top_k else scores.topk(keep, dim=-1).indices
     return topped_up(union(kept, voting, num_experts), votes, top_k)

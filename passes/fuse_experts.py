@@ -62,8 +62,6 @@ class Reader:
         if site.weights is None:
             return "its routing weights are not one tensor [T, k]"
         symbolic_too = site.combine.meta["val"].device.type == "cpu"
-        if not symbolic_too and not isinstance(site.ids.meta["val"].numel(), int):
-            return SYMBOLIC
         hidden = _hidden(site, self.sources)
         if isinstance(hidden, str):
             return hidden

@@ -51,8 +51,9 @@ class Tokens:
     @property
     def heard(self) -> Tensor | None:
         """The tokens that vote, [B, S] bool; None where all do."""
-        if self.roles is None or self.routed is None:
+        if self.roles is None:
             return self.present
+        assert self.routed is not None
         return self.routed & (self.roles == HOT)
 
 

@@ -25,6 +25,7 @@ FACTORIES = {
     aten.full, aten.full_like, aten.zeros, aten.zeros_like, aten.ones, aten.ones_like, aten.empty, aten.empty_like,
     aten.new_zeros, aten.new_empty, aten.new_full, aten.arange, prims.iota, aten.scalar_tensor,
 }  # fmt: skip
+_NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat)  # sizes
 SOFTMAX = {aten._softmax, aten.softmax, aten.exp}  # exp: what is left of softmax after decomposition
 _STEP = re.compile(r"\['?([^'\]]+)'?\]|\.([A-Za-z]\w*)")
 
@@ -62,7 +63,8 @@ class Sources:
             return self.is_parameter(node)
         if packet(node) in FACTORIES:
             return True
-        return depth > 0 and all(self.is_static(a, depth - 1) for a in node.all_input_nodes if shape(a) is not None)
+        sources = [a for a in node.all_input_nodes if not isinstance(a.meta.get("val"), _NUMBERS)]
+        return depth > 0 and all(self.is_static(a, depth - 1) for a in sources)
 
 
 def shape(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:

@@ -207,7 +207,8 @@ class _Finder:
         for node in starts:
             while node in reach.routing and is_float(node):
                 dims = shape(node) or (0,)
-                if same(dims[-1], sel.top_k) and same(prod(dims), pairs):
+                # Of one token, k weights in a row are those of its experts in another order: sorted for grouped_mm.
+                if len(dims) > 1 and same(dims[-1], sel.top_k) and same(prod(dims), pairs):
                     return node
                 sources = [a for a in node.all_input_nodes if a in reach.routing and is_float(a)]
                 if len(sources) != 1 or packet(node) not in VIEWS | GATHERS:

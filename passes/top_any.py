@@ -33,10 +33,10 @@ aten = torch.ops.aten
 
 _SQUASHING = {aten._softmax, aten.softmax, aten.sigmoid}  # of scores after the selection: only -inf becomes nothing
 _HARMLESS = _SQUASHING | {
-    aten.div, aten.mul, aten.sum, aten.add, aten.clamp, aten.clamp_min, aten.maximum, aten._to_copy, aten.view,
-    aten._unsafe_view, aten.reshape, aten.expand, aten.unsqueeze, aten.squeeze, aten.clone, aten.slice, aten.index,
-    aten.gather, aten.embedding, aten.index_select,
+    aten.div, aten.mul, aten.sum, aten._to_copy, aten.view, aten._unsafe_view, aten.reshape, aten.expand,
+    aten.unsqueeze, aten.squeeze, aten.clone, aten.slice, aten.index, aten.gather, aten.embedding, aten.index_select,
 }  # fmt: skip
+_RAISING = {aten.add, aten.clamp, aten.clamp_min, aten.maximum}  # harmless to a sum, which is no longer [.., k]
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def drop(graph: fx.Graph, sites: Sequence[Site], options: Options, tracer: Trace
     after = [node for entry in entries for node in between(entry, site.weights)]
     if not entries:
         return "where its routing weights come from can't be read"
-    if strange := [node for node in after if packet(node) not in _HARMLESS]:
+    if strange := [node for node in after if not _is_harmless(site, node)]:
         return f"its routing weights are made by {packet(strange[0])}"
     squashed = any(packet(node) in _SQUASHING for node in after)
     rule = _Rule(float(options.ratio), -torch.inf if squashed else 0.0)
@@ -149,6 +149,11 @@ def _entries(site: Site, path: Sequence[fx.Node]) -> list[fx.Node]:
     pairs = [node for node in path if _is_pairs(site, node)]
     first = [node for node in pairs if not any(parent in pairs for parent in node.all_input_nodes)]
     return [node for node in first if _is_scored(site, node.args[0])]
+
+
+def _is_harmless(site: Site, node: fx.Node) -> bool:
+    """Say whether an operation on the way to the weights leaves nothing where an expert has nothing."""
+    return packet(node) in _HARMLESS or (packet(node) in _RAISING and not _is_pairs(site, node))
 
 
 def _is_scored(site: Site, source: Any) -> bool:

@@ -14,6 +14,7 @@ from dmoe_compile.passes.nodes import shape
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+import zoo
 from reference_model import Experts, Gate, MoeBlock, Rewriting
 
 E, H, K, L = 16, 8, 2, 4
@@ -238,6 +239,18 @@ def test_takes_a_2d_mask_over_the_tokens_and_no_other(masks: dict[str, Tensor], 
     assert _taken(torch.randn(2, 10, H), masks) == taken
 
 
+def test_a_longer_mask_of_other_tokens_is_not_theirs() -> None:
+    """DiffusionGemma's decoder in one graph with its encoder, whose mask is longer than the canvas."""
+    inputs = zoo.inputs("diffusion_gemma")
+    rows, length = inputs["input_ids"].shape
+    rewriting, model = Rewriting(**TIGHT), zoo.build("diffusion_gemma", num_layers=1)
+    torch.compile(model, backend=rewriting, fullgraph=True)(**inputs, attention_mask=_ones(rows, length))
+    ((encoder, decoder),) = (findings.layouts for findings in rewriting.findings)
+    assert encoder.seq == length > decoder.seq
+    assert encoder.mask is not None
+    assert decoder.mask is None
+
+
 # What is left alone.
 
 
@@ -306,6 +319,22 @@ class _TwoBanks(nn.Module):
         ids, weights, _ = self.gate(hidden)
         flat = hidden.view(-1, H)
         return self.first(flat, ids, weights).sin(), self.second(flat, ids, weights).cos(), ids
+
+
+def test_layers_of_other_k_have_rules_of_their_own() -> None:
+    """Whatever else they have in common: what is traced once is used again."""
+    blocks = nn.ModuleList(MoeBlock(Gate(E, H, k)) for k in (2, 3))
+    blocks[1].gate.weight = blocks[0].gate.weight
+
+    class Both(nn.Module):
+        def forward(self, hidden: Tensor) -> list[dict[str, Tensor]]:
+            return [block(hidden) for block in blocks]
+
+    hidden = torch.randn(1, 12, H)
+    least = {"dmoe.min_experts": 1, "dmoe.top_p": 0.01}  # so that k bounds coresets
+    both, _ = _run(Both(), hidden, **least)
+    alone = [_run(block, hidden, **least)[0]["ids"] for block in blocks]
+    assert all(torch.equal(one["ids"], other) for one, other in zip(both, alone, strict=True))
 
 
 def test_a_selection_that_two_banks_share_is_rewritten_once() -> None:

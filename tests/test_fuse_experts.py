@@ -114,7 +114,8 @@ class Experts(nn.Module):
         self.first = nn.Parameter(torch.randn(num_experts, *((hidden, rows) if transposed else (rows, hidden))) / 4)
         self.up = nn.Parameter(torch.randn_like(self.first) / 4) if num_matrices == 3 else None
         self.down = nn.Parameter(torch.randn(num_experts, *((width, hidden) if transposed else (hidden, width))) / 3)
-        self.biases = nn.ParameterList(torch.randn(num_experts, n) for n in ((rows, hidden) if bias else ()))
+        sizes = (rows, rows, hidden) if num_matrices == 3 else (rows, hidden)
+        self.biases = nn.ParameterList(torch.randn(num_experts, n) for n in (sizes if bias else ()))
 
     def forward(self, x: Tensor) -> Tensor:
         weights, ids = self.router(x).softmax(-1).topk(2, dim=-1)
@@ -127,8 +128,8 @@ class Experts(nn.Module):
 
         pairs = rows.expand(-1, 2, -1).reshape(-1, 1, x.shape[-1])
         first = project(pairs, self.first, 0)
-        mid = self.act(first, project(pairs, self.up, 0)) if self.up is not None else self.act(*first.chunk(2, dim=-1))
-        out = project(mid, self.down, 1).reshape(-1, 2, x.shape[-1])
+        mid = self.act(first, project(pairs, self.up, 1)) if self.up is not None else self.act(*first.chunk(2, dim=-1))
+        out = project(mid, self.down, len(self.biases) - 1).reshape(-1, 2, x.shape[-1])
         return (out * weights.reshape(-1, 2, 1)).sum(1).view(x.shape)
 
 
@@ -146,10 +147,13 @@ ACTS = {
 }
 FORMS = [
     *((dict(act=act), Form("concatenated", False, False, name)) for name, act in ACTS.items()),
+    (dict(act=lambda gate, up: gate * gate.sigmoid() * up), Form("concatenated", False, False, "silu")),
     (dict(transposed=True), Form("concatenated", True, True, "silu")),
     (dict(num_matrices=3), Form("separate", False, False, "silu")),
     (dict(num_matrices=3, transposed=True), Form("separate", True, True, "silu")),
     (dict(bias=True), Form("concatenated", False, False, "silu")),
+    (dict(num_matrices=3, bias=True), Form("separate", False, False, "silu")),
+    (dict(act=lambda up, gate: F.silu(gate) * up, num_matrices=3, bias=True), Form("separate", False, False, "silu")),
     (dict(act=lambda up, gate: F.silu(gate) * up, num_matrices=3), Form("separate", False, False, "silu")),
 ]
 
@@ -161,9 +165,36 @@ def test_layouts_and_activations(how: Any, form: Form, verify: bool, read: list[
     block, x = random_experts(**how), torch.randn(B, S, 16)
     out, _, graph = fused(block, x, experts=True, verify_experts=verify)
     assert "dmoe.experts_cpu" in graph
-    if verify or how != FORMS[-1][0]:  # which of two matrices is the gate, operations don't say
+    swapped = how.get("num_matrices") == 3 and "act" in how
+    if verify or not swapped:  # which of two matrices is the gate, operations don't say
         assert [bank.form for bank in read] == [form]
         assert_close(out, block(x), **TOLERANCE[torch.float32])
+
+
+def test_an_interleaved_gate_is_read_off_its_slices() -> None:
+    model, inputs = zoo.build("gpt_oss"), zoo.inputs("gpt_oss", batch=1, seq=S)
+    backend = Rewriting(passes=[], experts=True, verify_experts=False)
+    with torch.no_grad():
+        out = torch.compile(model, backend=backend, fullgraph=True)(**inputs).logits
+        assert_close(out, model(**inputs).logits, **TOLERANCE[torch.float32])
+
+
+def test_a_dense_layer_of_symbolic_length() -> None:
+    """Its result is [B, S, H], as its hidden states are."""
+    block, backend = forms.build("dense"), Rewriting(passes=[], experts=True)
+    compiled = torch.compile(block, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for seq in (S, S + 3):
+            x = torch.randn(B, seq, forms.CONFIG["hidden_size"])
+            assert_close(output(compiled(x)), output(block(x)), **TOLERANCE[torch.float32])
+    assert len(backend.graphs) == 1
+
+
+def test_layers_alike_but_for_the_activation_are_read_apart(read: list[Any]) -> None:
+    model, x = nn.Sequential(random_experts(), random_experts(act=ACTS["gelu"])), torch.randn(B, S, 16)
+    out, _, _ = fused(model, x, experts=True)
+    assert [bank.form.activation for bank in read] == ["silu", "gelu"]
+    assert_close(out, model(x), **TOLERANCE[torch.float32])
 
 
 def test_experts_without_a_gate(read: list[Any]) -> None:
@@ -302,10 +333,11 @@ def test_every_pass_routes_for_it(passes: list[str]) -> None:
 
 
 def test_decoded_tokens_reach_no_expert() -> None:
-    """They carry an id that no expert has, and take what was stored."""
+    """They carry an id that no expert has, and take what was stored; so do tokens of finished sequences."""
     block = zoo.build("qwen3_moe").model.layers[0].mlp
-    x = torch.randn(3, B, S, zoo.HIDDEN)
+    x = torch.randn(4, B, S, zoo.HIDDEN)
     some = torch.rand((B, S), generator=torch.Generator().manual_seed(3)) < 0.5
+    finished = torch.tensor([False, True])
     routed: list[Tensor] = []
 
     def watched(hidden: Tensor, ids: Tensor, *rest: Any) -> Tensor:
@@ -321,12 +353,12 @@ def test_decoded_tokens_reach_no_expert() -> None:
             compiled = torch.compile(block, backend="dmoe", options=options, fullgraph=True)
             with torch.no_grad(), dmoe_compile.denoising() as context:
                 outs = []
-                for decoded, each in zip((None, some, some), x, strict=True):
-                    context.step(decoded, shape=(B, S))
+                for decoded, done, each in zip((None, some, some, None), (None, None, None, finished), x, strict=True):
+                    context.step(decoded, finished=done, shape=(B, S))
                     outs.append(output(compiled(each)))
-                results[experts] = torch.stack(outs), [step.unique_experts for step in context.stats]
+                results[experts] = torch.stack(outs[:3]), [step.unique_experts for step in context.stats]
     check, *steps = routed  # the first is the comparison when it is compiled
     assert check.all()
-    assert torch.equal(torch.stack(steps[-2:]), (~some).expand(2, B, S))
+    assert torch.equal(torch.stack(steps[-3:]), torch.stack([~some, ~some, ~finished.unsqueeze(1).expand(B, S)]))
     assert_close(results[True][0], results[False][0], **TOLERANCE[torch.float32])
     assert results[True][1] == results[False][1]

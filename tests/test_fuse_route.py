@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ import torch
 from dmoe_compile.passes import des, dmoe
 from dmoe_compile.passes.constrain import Settings
 from dmoe_compile.passes.fuse_experts import Reader
-from dmoe_compile.passes.fuse_route import Router, method_of, read, routed
-from dmoe_compile.passes.layouts import Layout
+from dmoe_compile.passes.fuse_route import Router, method_of, read, route, routed
+from dmoe_compile.passes.layouts import Layout, Step
 from dmoe_compile.passes.sites import find_sites
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import forms
 import zoo
@@ -137,6 +138,37 @@ def test_methods_as_the_kernel_is_told() -> None:
     assert "cover is no method" in tell({"cover": None})
 
 
+PLAIN = Router(None, None, "softmax", 1, 1, "max", "scores", 1.0)
+NODE = fx.Graph().placeholder("roles")
+
+
+@pytest.mark.parametrize(
+    ("mask", "step", "method", "escapes", "reason"),
+    [
+        (NODE, None, ("dmoe", 0.6, 16), (), "an attention mask says which tokens are padding"),
+        (NODE, Step(NODE, 1), ("own", 0.0, 0), (), "an attention mask says which tokens are padding"),
+        (None, Step(NODE, 1), ("own", 0.0, 0), ("ids are returned",), "what it chooses leaves the layer"),
+    ],
+    ids=["padding votes", "padding is denoised", "ids leave"],
+)
+def test_what_the_kernel_does_not_know_of_is_inductors(
+    mask: Any, step: Any, method: Any, escapes: tuple[str, ...], reason: str
+) -> None:
+    pytest.importorskip("triton")
+    site, graph, tracer = SimpleNamespace(escapes=escapes), fx.Graph(), None
+    where = Layout(NODE, 1, S, mask, step)
+    found = route(graph, site, PLAIN, where, method, Settings(), tracer)  # type: ignore[arg-type]
+    assert isinstance(found, str)
+    assert reason in found
+    assert not graph.nodes
+
+
+def test_rounded_logits_that_are_ranked_as_they_are_need_no_scores() -> None:
+    """gpt-oss in bf16: its scores are its logits."""
+    model, inputs = zoo.build("gpt_oss", dtype=torch.bfloat16), zoo.inputs("gpt_oss", batch=1, seq=S)
+    assert all(isinstance(router, Router) for router in routers(model, **inputs))
+
+
 READINGS = [
     (score, *groups, weighting, biased)
     for score, groups, weighting, biased in itertools.product(
@@ -150,7 +182,7 @@ READINGS = [
 def test_a_reading_says_what_the_kernel_does(reading: tuple[Any, ...]) -> None:
     """A router is held against routed(): that must be what the kernel does when it is told the same."""
     pytest.importorskip("triton")
-    from dmoe_compile.kernels.route import route
+    from dmoe_compile.kernels import route as kernel
 
     from dmoe_compile.testing.interpreter import interpreted
 
@@ -162,7 +194,7 @@ def test_a_reading_says_what_the_kernel_does(reading: tuple[Any, ...]) -> None:
     given = bias if biased else None
     router = Router(given, scale, score, groups, top_groups, group_score, weighting, 2.5)  # type: ignore[arg-type]
     with interpreted():
-        ids, weights, _, _ = route(
+        ids, weights, _, _ = kernel.route(
             logits, given, scale, None, 4, score, groups, top_groups, group_score, weighting, 2.5, "own", 0.0, 0, 1, 9,
             32, True, 1,
         )  # fmt: skip

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from dmoe_compile.passes import pipeline
+from dmoe_compile.passes import dmoe, pipeline
 from torch import nn
 from torch.testing import assert_close
 
@@ -104,6 +104,25 @@ def test_a_graph_that_cannot_be_read_compiles_as_plain_inductor(grad, x, warning
     (warning,) = warnings()
     assert "Compiled as plain Inductor would" in warning
     assert "RuntimeError: no such node" in warning
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["inference", "gradients"])
+def test_a_rule_that_fails_at_a_second_layer_leaves_the_first_as_it_was(grad, x, warnings, monkeypatch):
+    own, called = dmoe.coreset, []
+
+    def fail(*args, **kwargs):
+        called.append(args)
+        if len(called) > 1:
+            raise RuntimeError("not this one")
+        return own(*args, **kwargs)
+
+    model = nn.Sequential(TinyMoE(top_k=2), TinyMoE(top_k=3))  # of two kinds, so that the rule is traced twice
+    monkeypatch.setattr(dmoe, "coreset", fail)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(compiled(model, QUICK)(x), torch.compile(model, options=ATEN)(x))
+    assert len(called) == 2
+    (warning,) = warnings()
+    assert "RuntimeError: not this one" in warning
 
 
 @torch.no_grad()

@@ -202,6 +202,46 @@ class Scattering(TinyMoE):
         return torch.zeros_like(logits).scatter(1, ids, weights).gather(1, ids), ids
 
 
+class Putting(TinyMoE):
+    """The same by an assignment."""
+
+    def route(self, logits: Tensor, batch: int, seq: int) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(logits, batch, seq)
+        spread = torch.zeros_like(logits)
+        spread[torch.arange(len(ids)).unsqueeze(1), ids] = weights
+        return spread.gather(1, ids), ids
+
+
+class Raised(TinyMoE):
+    """A weight of nothing would be something again."""
+
+    def route(self, logits: Tensor, batch: int, seq: int) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(logits, batch, seq)
+        return weights + 0.1, ids
+
+
+class Floored(TinyMoE):
+    def route(self, logits: Tensor, batch: int, seq: int) -> tuple[Tensor, Tensor]:
+        weights, ids = super().route(logits, batch, seq)
+        return weights.clamp(min=0.1), ids
+
+
+class TwoBanks(TinyMoE):
+    """A second bank runs on the same choice, whose weights it does not renormalise."""
+
+    def __init__(self, **sizes: Any) -> None:
+        super().__init__(**sizes)
+        self.other = TinyMoE(**sizes)
+
+    def route(self, logits: Tensor, batch: int, seq: int) -> tuple[Tensor, Tensor]:
+        self.raw, ids = logits.softmax(-1).topk(self.top_k, dim=-1)
+        return self.raw / self.raw.sum(-1, keepdim=True), ids
+
+    def experts(self, rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
+        rows = rows + super().experts(rows, weights, ids)
+        return rows + self.other.experts(rows, self.raw, ids)
+
+
 class Logarithmic(TinyMoE):
     def route(self, logits: Tensor, batch: int, seq: int) -> tuple[Tensor, Tensor]:
         weights, ids = super().route(logits, batch, seq)
@@ -217,7 +257,11 @@ class OneExpert(TinyMoE):
     ("cls", "reason"),
     [
         (Scattering, "its routing weights are scattered over all experts"),
+        (Putting, "its routing weights are scattered over all experts"),
         (Logarithmic, "its routing weights are made by aten.log1p"),
+        (Raised, "its routing weights are made by aten.add"),
+        (Floored, "its routing weights are made by aten.clamp"),
+        (TwoBanks, "its banks of experts weigh the same choice in different ways"),
         (OneExpert, "a token has one expert"),
     ],
 )
