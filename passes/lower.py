@@ -201,9 +201,9 @@ def _cpu_reason(site: Site) -> str:
     value = site.expert_weights[0].meta["val"]
     if value.dtype in (torch.float32, torch.bfloat16, torch.float16) and not available(value.dtype):
         return "the C++ kernel can't be built here"
-    if value.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-        if prod(hints(site.ids.meta["val"].shape)) / site.num_experts > _AMX_TOKENS:
-            return f"its experts have over {_AMX_TOKENS} tokens each, whose matmuls AMX does faster"
+    tokens = prod(hints(site.ids.meta["val"].shape)) / site.num_experts
+    if value.dtype == torch.bfloat16 and tokens > _AMX_TOKENS and torch.cpu._is_amx_tile_supported():
+        return f"its experts have over {_AMX_TOKENS} tokens each, whose matmuls AMX does faster"
     return ""
 
 

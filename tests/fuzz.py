@@ -111,7 +111,8 @@ def forms(draw: Callable[..., Any]) -> Form:
         score != "logits" and draw(st.booleans()), draw(st.sampled_from([1.0, 2.5])), draw(st.booleans()),
         layout, draw(st.booleans()), num_experts, top_k,
         8 * draw(st.integers(2 if layout == "loop" else 1, 6)), 8 * draw(st.integers(1, 4)),
-        draw(st.sampled_from(DTYPES)), draw(st.integers(1, 3)), draw(st.integers(1, 48)), draw(st.booleans()), draw(st.integers(0, 1000)),
+        draw(st.sampled_from(DTYPES)), draw(st.integers(1, 3)), draw(st.integers(1, 48)), draw(st.booleans()),
+        draw(st.integers(0, 1000)),
         draw(_options(may_drop=top_k > 1 and layout != "dense")),
     )  # fmt: skip
 

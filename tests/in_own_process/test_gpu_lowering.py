@@ -22,26 +22,33 @@ from dmoe_compile.testing.generated import Generated, generated
 from llada2 import LLaDA2
 
 S = 16
+TIGHT = {"dmoe.min_experts": 5, "dmoe.top_p": 0.3, "block_length": S}
 PASSES: dict[str, dict[str, Any]] = {
     "no pass": {"passes": []},
-    "dmoe": {"passes": ["dmoe"], "dmoe.min_experts": 5, "dmoe.top_p": 0.3, "block_length": S},
+    "dmoe": {"passes": ["dmoe"], **TIGHT},
+    "dmoe, two blocks": {"passes": ["dmoe"], **TIGHT, "block_length": S // 2},
+    "dmoe, rows share": {"passes": ["dmoe"], **TIGHT, "scope": "batch"},
     "des": {"passes": ["des"], "des.variant": "vote", "des.coreset_size": 6, "block_length": S},
+    "cover": {"passes": ["cover"], "cover.mass": 0.6, "block_length": S},
+    "dmoe and top_any": {"passes": ["dmoe", "top_any"], "top_any.ratio": 0.8, **TIGHT},
     "team": {"passes": ["team"], "block_length": S},
-    "team and dmoe": {"passes": ["team", "dmoe"], "dmoe.min_experts": 5, "dmoe.top_p": 0.3, "block_length": S},
+    "team and dmoe": {"passes": ["team", "dmoe"], **TIGHT},
+    "team and dmoe, candidates": {"passes": ["team", "dmoe"], **TIGHT},
 }
+ROWS = {"dmoe, rows share": 2, "team and dmoe, candidates": 2}  # else 1
 # Sums in another order; a coreset's votes are sums too, but no two experts are that close here.
 TOLERANCE = dict(rtol=1e-3, atol=1e-4)
 
 
-def qwen3_moe() -> tuple[nn.Module, dict[str, Any]]:
-    return zoo.build("qwen3_moe", num_layers=1), zoo.inputs("qwen3_moe", batch=1, seq=S)
+def qwen3_moe(rows: int = 1) -> tuple[nn.Module, dict[str, Any]]:
+    return zoo.build("qwen3_moe", num_layers=1), zoo.inputs("qwen3_moe", rows, S)
 
 
-def diffusion_gemma() -> tuple[nn.Module, dict[str, Any]]:
-    return zoo.build("diffusion_gemma", num_layers=1), zoo.inputs("diffusion_gemma", batch=1, seq=S)
+def diffusion_gemma(rows: int = 1) -> tuple[nn.Module, dict[str, Any]]:
+    return zoo.build("diffusion_gemma", num_layers=1), zoo.inputs("diffusion_gemma", rows, S)
 
 
-def llada2() -> tuple[nn.Module, dict[str, Any]]:
+def llada2(rows: int = 1) -> tuple[nn.Module, dict[str, Any]]:
     """Experts in a Python loop, a sigmoid gate with bias and groups, a shared expert, a dense first layer: prepared."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
@@ -55,60 +62,85 @@ def llada2() -> tuple[nn.Module, dict[str, Any]]:
         for layer in model.model.layers[1:]:
             nn.init.normal_(layer.mlp.gate.weight, std=0.4)
     prepare(model)
-    ids = torch.randint(0, 64, (1, S), generator=torch.Generator().manual_seed(1))
-    mask, positions = torch.zeros(1, 1, S, S), torch.arange(S).unsqueeze(0)
+    ids = torch.randint(0, 64, (rows, S), generator=torch.Generator().manual_seed(1))
+    mask, positions = torch.zeros(rows, 1, S, S), torch.arange(S).expand(rows, S)
     return model, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
-MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+MODELS: dict[str, Callable[..., tuple[nn.Module, dict[str, Any]]]] = {
     "qwen3_moe": qwen3_moe, "diffusion_gemma": diffusion_gemma, "llada2": llada2,
 }  # fmt: skip
-MOE = ("_route_kernel", "_gate_up_kernel", "_down_dense_kernel")
 
 
 SITES = {"qwen3_moe": 1, "diffusion_gemma": 2, "llada2": 1}  # DiffusionGemma's: its encoder's and its decoder's
 
 
-@pytest.mark.parametrize("passes", PASSES)
-@pytest.mark.parametrize("model", MODELS)
+OFTEN = {
+    "qwen3_moe": set(PASSES) - {"no pass", "dmoe", "des", "team", "team and dmoe"},
+    "diffusion_gemma": {"no pass", "team"},
+    "llada2": {"des", "team and dmoe"},
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "passes"),
+    [
+        pytest.param(model, passes, marks=() if passes in OFTEN[model] else pytest.mark.nightly)
+        for model in MODELS
+        for passes in PASSES
+    ],
+)
 def test_a_model(model: str, passes: str) -> None:
-    """What is generated for it; and that, interpreted, it computes what the same passes do on a CPU."""
-    module, inputs = MODELS[model]()
-    options = PASSES[passes]
+    """What is generated for it; and that, interpreted, it computes and counts what the same passes do on a CPU."""
+    rows, options = ROWS.get(passes, 1), PASSES[passes]
+    module, inputs = MODELS[model](rows)
     team = "team" in options["passes"]
     decoded = torch.arange(S).unsqueeze(0) % 2 == 0
+    step = {"shape": (1, S), "candidates": rows}
     compiled = torch.compile(module, backend="dmoe", options=options, fullgraph=True)
     with fake_gpu(), dmoe_compile.denoising() as context:
         if team:
-            context.step(shape=(1, S))
+            context.step(**step)
         found = generated(compiled, **inputs)
-    check_code(found, SITES[model], team)
+    routed = not {"cover", "top_any"} & set(options["passes"])
+    blocks = rows * S // options["block_length"] if {"dmoe", "des"} & set(options["passes"]) else 1
+    one_list = routed and (blocks == 1 or options.get("scope") == "batch")
+    check_code(found, SITES[model], team, routed=routed, one_list=one_list)
 
-    def steps(call: Callable[[], Any]) -> list[Tensor]:
+    def steps(call: Callable[[], Any]) -> tuple[list[Tensor], list[Any]]:
         """The first step of a block, and with TEAM one in which half of the tokens are decoded."""
         with torch.no_grad(), dmoe_compile.denoising() as context:
             outs = []
             for mask in (None, decoded) if team else (None,):
                 if team:
-                    context.step(mask, shape=(1, S))
+                    context.step(mask, **step)
                 outs.append(call().logits)
-            return outs
+                if team and rows > 1:
+                    context.accept(torch.tensor([1]))
+            return outs, [each.unique_experts for each in context.stats]
 
     own = torch.compile(module, backend="dmoe", options={**options, "experts": False}, fullgraph=True)
-    wanted = steps(lambda: own(**inputs))
-    for out, want in zip(steps(lambda: found.run(**inputs, seed=1)), wanted, strict=True):
+    wanted, counted = steps(lambda: own(**inputs))
+    outs, counts = steps(lambda: found.run(**inputs, seed=1))
+    for out, want in zip(outs, wanted, strict=True):
         assert_close(out, want, **TOLERANCE)
+    assert counts == counted
+    assert len(counts) == 2 * team
 
 
-def check_code(found: Generated, sites: int, team: bool) -> None:
-    """Three launches a layer, and one more in a step of TEAM, which alone writes to what it was given.
+def check_code(found: Generated, sites: int, team: bool, *, routed: bool = True, one_list: bool = True) -> None:
+    """Three launches a layer (two where Inductor routes), and one more in TEAM's steps, which write to what is stored.
+
+    The last half of the experts goes over a list of those in use, where one coreset is all tokens' (candidates' too).
 
     No weight is copied, nothing is in double precision, nothing waits for the host, and all of it is one CUDA graph.
     """
     for number, graph in enumerate(found.graphs):
         is_step = team and number == 0
         user = [re.sub(r"_\d+$", "", launch.name) for launch in graph.launches if launch.kind == "user"]
-        assert user == [*MOE, *(["_reuse_kernel"] if is_step else [])] * sites
+        down = "_down_dense_kernel" if one_list or is_step else "_down_routed_kernel"
+        wanted = [*["_route_kernel"] * routed, "_gate_up_kernel", down, *["_reuse_kernel"] * is_step]
+        assert user == wanted * sites
         assert not [launch.name for launch in graph.launches if "grouped" in launch.name or launch.kind == "cpp"]
         assert [each.origin for each in graph.mutated] == [f"dmoe_stored_{i}" for i in range(sites)] * is_step
     assert len(found.graphs) == 1 + team
