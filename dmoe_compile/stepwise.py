@@ -1,4 +1,4 @@
-"""One Dynamo graph, compiled once for plain forwards and once for each kind of denoising step (the `team` pass).
+"""One Dynamo graph, compiled for plain forwards and for each kind of denoising step as they come (the `team` pass).
 
 A plain forward is what it would be without TEAM: no state, no masks, Inductor's own graph where no other pass runs. A
 forward that a decoding context describes (context.py) runs a graph with more inputs: roles, rows, and the stored expert
@@ -9,7 +9,7 @@ are the same symbols.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -22,6 +22,7 @@ from dmoe_compile.passes.pipeline import Findings
 from dmoe_compile.passes.team import Denoised, Options
 from dmoe_compile.runtime import recorder, recording
 
+T = TypeVar("T")
 Compiled = Callable[..., Any]
 Rewrite = Callable[[Denoised | None], "tuple[fx.GraphModule, Findings] | None"]
 Lower = Callable[[fx.GraphModule, Sequence[Any]], Compiled]
@@ -53,7 +54,8 @@ class Stepwise:
         self._steps: dict[Denoised, _StepGraph] = {}
         self._sizes: list[tuple[Any, Any]] = []
         self._symbols: dict[Any, int] = {}
-        self._plain: Compiled
+        self._plain: Compiled | None = None
+        self._lower_plain: Callable[[], Compiled]
         plain = rewrite(None)
         if plain is None:
             self.fakes, self._plain = [], lower(gm, example_inputs)
@@ -63,17 +65,27 @@ class Stepwise:
         self.fakes = [real if value is None else value for value, real in zip(values, example_inputs, strict=True)]
         self._symbols = {x.node.expr: i for i, x in enumerate(values) if isinstance(x, torch.SymInt)}
         self._sizes = [_size(layout) for layout in findings.layouts]
+        graph, names = aten if findings.changed else gm, [outcome.site.name for outcome in findings.outcomes]
+
+        def lower_plain() -> Compiled:
+            compiled = lower(graph, self.fakes)
+            return recording(compiled, names) if findings.num_outputs else compiled
+
+        self._lower_plain = lower_plain
         wanted = self._wanted(example_inputs)
-        if wanted is not None:
-            self._step(wanted)  # now, while Dynamo still takes guards
-        if findings.num_outputs:
-            self._plain = recording(lower(aten, self.fakes), [outcome.site.name for outcome in findings.outcomes])
+        # What this call needs, while Dynamo still takes guards; many rows are never plain, a prompt is nothing else.
+        if wanted is None:
+            self._plain = lower_plain()
         else:
-            self._plain = lower(aten, self.fakes) if findings.changed else lower(gm, example_inputs)
+            self._step(wanted)
 
     def __call__(self, *args: Any) -> Any:
         wanted = self._wanted(args) if self._sizes else None
-        return self._plain(*args) if wanted is None else self._step(wanted)(*args)
+        if wanted is not None:
+            return self._step(wanted)(*args)
+        if self._plain is None:
+            self._plain = self._traced(self._lower_plain)
+        return self._plain(*args)
 
     def _wanted(self, args: Sequence[Any]) -> Denoised | None:
         """Return which rows of the graph the current context denoises, None where the forward is plain."""
@@ -97,18 +109,26 @@ class Stepwise:
 
     def _step(self, wanted: Denoised) -> _StepGraph:
         if wanted not in self._steps:
-            env = self._tracing.fake_mode.shape_env if self._tracing.fake_mode else None
-            guards = len(env.guards) if env else 0
-            with tracing(self._tracing):
-                rewritten = self._rewrite(wanted)
-                assert rewritten is not None, "the plain graph could be read"
-                aten, findings = rewritten
-                inputs = [node.meta["val"] for node in aten.graph.find_nodes(op="placeholder")[len(self.fakes) :]]
-                compiled = self._lower(aten, [*self.fakes, *inputs])
-            if TracingContext.try_get() is None and env is not None and len(env.guards) > guards:
-                raise AssertionError("a guard was added that Dynamo does not check any more")
-            self._steps[wanted] = _StepGraph(compiled, findings, inputs, self._stats, self._options)
+            self._steps[wanted] = self._traced(lambda: self._lower_step(wanted))
         return self._steps[wanted]
+
+    def _lower_step(self, wanted: Denoised) -> _StepGraph:
+        rewritten = self._rewrite(wanted)
+        assert rewritten is not None, "the plain graph could be read"
+        aten, findings = rewritten
+        inputs = [node.meta["val"] for node in aten.graph.find_nodes(op="placeholder")[len(self.fakes) :]]
+        compiled = self._lower(aten, [*self.fakes, *inputs])
+        return _StepGraph(compiled, findings, inputs, self._stats, self._options)
+
+    def _traced(self, lower: Callable[[], T]) -> T:
+        """Run what compiles a graph as if Dynamo had just left it."""
+        env = self._tracing.fake_mode.shape_env if self._tracing.fake_mode else None
+        guards = len(env.guards) if env else 0
+        with tracing(self._tracing):
+            compiled = lower()
+        if TracingContext.try_get() is None and env is not None and len(env.guards) > guards:
+            raise AssertionError("a guard was added that Dynamo does not check any more")
+        return compiled
 
 
 class _StepGraph:

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 import dmoe_compile
 import forms
 import zoo
-from dmoe_compile import prepare
+from dmoe_compile import backend, prepare
 from reference_model import Gate, MoeBlock
 from tiny_moe import ATEN, INDUCTOR, TinyMoE
 
@@ -283,6 +283,19 @@ def test_sites_of_other_rows_are_left_alone() -> None:
         assert context.nbytes == rows * canvas * zoo.HIDDEN * 4
         encoder, decoder = (step for step in context.stats[-1].unique_experts.values())
     assert decoder < encoder
+
+
+def test_each_kind_of_forward_is_compiled_when_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, own = [], backend._inductor
+    monkeypatch.setattr(backend, "_inductor", lambda *args: made.append(args) or own(*args))
+    compiled = torch.compile(build(), backend="dmoe", options={"passes": ["team"], **ATEN}, fullgraph=True)
+    counts = []
+    with torch.no_grad(), dmoe_compile.denoising() as context:
+        for is_step in (True, False, True, False):
+            context.step(shape=(B, S)) if is_step else context.plain()
+            compiled(torch.randn(B, S, H))
+            counts.append(len(made))
+    assert counts == [1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("passes", [["team"], ["team", "dmoe"]], ids=str)

@@ -135,15 +135,13 @@ def check_code(found: Generated, sites: int, team: bool, *, routed: bool = True,
 
     No weight is copied, nothing is in double precision, nothing waits for the host, and all of it is one CUDA graph.
     """
-    for number, graph in enumerate(found.graphs):
-        is_step = team and number == 0
-        user = [re.sub(r"_\d+$", "", launch.name) for launch in graph.launches if launch.kind == "user"]
-        down = "_down_dense_kernel" if one_list or is_step else "_down_routed_kernel"
-        wanted = [*["_route_kernel"] * routed, "_gate_up_kernel", down, *["_reuse_kernel"] * is_step]
-        assert user == wanted * sites
-        assert not [launch.name for launch in graph.launches if "grouped" in launch.name or launch.kind == "cpp"]
-        assert [each.origin for each in graph.mutated] == [f"dmoe_stored_{i}" for i in range(sites)] * is_step
-    assert len(found.graphs) == 1 + team
+    (graph,) = found.graphs
+    user = [re.sub(r"_\d+$", "", launch.name) for launch in graph.launches if launch.kind == "user"]
+    down = "_down_dense_kernel" if one_list or team else "_down_routed_kernel"
+    wanted = [*["_route_kernel"] * routed, "_gate_up_kernel", down, *["_reuse_kernel"] * team]
+    assert user == wanted * sites
+    assert not [launch.name for launch in graph.launches if "grouped" in launch.name or launch.kind == "cpp"]
+    assert [each.origin for each in graph.mutated] == [f"dmoe_stored_{i}" for i in range(sites)] * team
     assert not found.copies()
     assert not found.fp64
     assert not found.host_syncs
