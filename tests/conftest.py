@@ -70,6 +70,15 @@ def uncached():
         yield
 
 
+@pytest.fixture(scope="module")
+def aten():
+    """Inductor calls ATen and generates no C++: for files whose point is not its code, which takes most of their time."""
+    from torch._inductor import config as inductor_config
+
+    with inductor_config.patch(fallback_by_default=True):
+        yield
+
+
 @pytest.fixture
 def nan_memory():
     """Memory that nobody wrote is NaN: torch.empty fills it while only deterministic algorithms may be used."""

@@ -294,6 +294,7 @@ def overhead_rows(layers):
     return [env | row for row in rows]
 
 
+@pytest.mark.usefixtures("aten")
 def test_eval_prints_a_table_and_compares_with_another_run(untrained, tmp_path):
     how = ["eval", untrained, "--problems", "2", "--threshold", "0.004", "--max-new-tokens", "32"]
     first, second = str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl")

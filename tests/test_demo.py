@@ -11,6 +11,7 @@ from rich.console import Console
 from dmoe_compile import demo, problems
 
 
+@pytest.mark.usefixtures("aten")
 def test_the_whole_demonstration() -> None:
     """Everything one run must hold, in one test: the run compiles five times."""
     result = demo.run(demo.Settings(problems=5, threads=1))

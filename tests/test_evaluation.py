@@ -13,11 +13,12 @@ from dmoe_compile import Config, decoding, evaluation, pareto
 from dmoe_compile.evaluation import Run, Settings, compare, evaluate, summary
 from tiny_moe import ATEN
 
+pytestmark = pytest.mark.usefixtures("aten")
 SMALL = Settings(problems=5, max_new_tokens=32, threshold=0.004)
 
 
 @pytest.fixture(scope="module")
-def run(untrained: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+def run(aten: None, untrained: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     file = tmp_path_factory.mktemp("runs") / "dmoe.jsonl"
     return evaluate(untrained, Config(passes=("dmoe",)), SMALL, file), file
 

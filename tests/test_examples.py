@@ -1,4 +1,4 @@
-"""The examples run as a user runs them, and print what they are about."""
+"""The examples run and print what they are about: nightly as a user runs them, on every change without generated C++."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ def test_every_example_is_run() -> None:
     assert {each.name for each in EXAMPLES.glob("*.py")} == SAYS.keys()
 
 
+ATEN = "import runpy, sys, torch._inductor.config as c; c.fallback_by_default = True; runpy.run_path(sys.argv[1])"
+
+
+@pytest.mark.parametrize("how", [("-c", ATEN), pytest.param((), marks=pytest.mark.nightly)], ids=["quick", "as it is"])
 @pytest.mark.parametrize("name", SAYS)
-def test_example(name: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-P", str(EXAMPLES / name)]
+def test_example(name: str, how: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, "-P", *how, str(EXAMPLES / name)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for words in SAYS[name]:

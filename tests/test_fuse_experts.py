@@ -23,6 +23,7 @@ import forms
 import zoo
 from dmoe_compile import prepare
 from reference_model import Rewriting
+from tiny_moe import ATEN
 
 # The fused op sums the same products in another order; bf16 rounds each expert's result once less than the model.
 TOLERANCE = {torch.float32: dict(rtol=1e-4, atol=1e-5), torch.bfloat16: dict(rtol=2**-5, atol=2**-5)}
@@ -322,7 +323,7 @@ def test_every_pass_routes_for_it(passes: list[str]) -> None:
     """Through Inductor; the routing is the same as without."""
     model = zoo.build("deepseek_v3")
     inputs = zoo.inputs("deepseek_v3", batch=1, seq=S)
-    options: dict[str, Any] = {"passes": passes, "block_length": 4}
+    options: dict[str, Any] = {"passes": passes, "block_length": 4, **ATEN}
     if "dmoe" in passes:
         options["dmoe.min_experts"] = 5
     outs = []

@@ -28,6 +28,7 @@ import zoo
 from dmoe_compile import routing_stats
 from dmoe_compile.backend import dmoe
 
+pytestmark = pytest.mark.usefixtures("aten")
 K = zoo.EXPECTED["diffusion_gemma"].top_k
 RULE: dict[str, Any] = {"passes": ["dmoe"], "block_length": zoo.CANVAS, "stats": True}
 ALL_EXPERTS = RULE | {"dmoe.min_experts": zoo.EXPECTED["diffusion_gemma"].num_experts, "experts": False}

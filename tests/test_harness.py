@@ -14,6 +14,7 @@ from lm_eval.api.instance import Instance
 from dmoe_compile import problems
 from dmoe_compile.harness import DmoeLM
 
+pytestmark = pytest.mark.usefixtures("aten")
 TASK = """
 task: sums
 dataset_path: json
@@ -32,7 +33,7 @@ def test_a_task_from_the_harness_s_own_command_line(untrained: str, tmp_path: Pa
     lines = itertools.islice(problems.draw("test", 0), 3)
     (tmp_path / "data.json").write_text("".join(json.dumps(vars(each)) + "\n" for each in lines))
     (tmp_path / "sums.yaml").write_text(TASK.format(file=tmp_path / "data.json"))
-    args = f"pretrained={untrained},passes=team+dmoe,dmoe.top_p=0.8,threshold=0.004"
+    args = f"pretrained={untrained},passes=team+dmoe,dmoe.top_p=0.8,threshold=0.004,fallback_by_default=True"
     command = [sys.executable, "-P", "-m", "dmoe_compile.harness", "run", "--model", "dmoe", "--model_args", args]
     command += [
         "--tasks",

@@ -77,6 +77,7 @@ def test_what_can_not_be_had_is_said_once(
     assert ("madvise failed with error 22" if system == "linux" else "darwin has no madvise") in record.message
 
 
+@pytest.mark.usefixtures("aten")
 @pytest.mark.parametrize("passes", [(), ("dmoe",), ("team",)], ids=str)
 def test_the_option_takes_the_experts_of_a_compiled_model(
     passes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
