@@ -72,7 +72,7 @@ def uncached():
 
 @pytest.fixture(scope="module")
 def aten():
-    """Inductor calls ATen and generates no C++: for files whose point is not its code, which takes most of their time."""
+    """Inductor calls ATen and generates no C++: for files whose point is not its code, which takes most of the time."""
     from torch._inductor import config as inductor_config
 
     with inductor_config.patch(fallback_by_default=True):

@@ -1,4 +1,4 @@
-"""The examples run and print what they are about: nightly as a user runs them, on every change without generated C++."""
+"""The examples run and print what they are about: nightly as a user runs them, else without generated C++."""
 
 from __future__ import annotations
 
