@@ -30,7 +30,7 @@ from cosmic_ray.work_item import MutationSpec
 # The tests that speak of a module, the quickest first: the first that fails ends the run of a fault.
 TESTS = {
     "auto": "test_auto test_config",
-    "constrain": "test_constrain test_top_any test_dmoe_released",
+    "constrain": "test_constrain test_layouts test_top_any test_dmoe_released",
     "coreset": "test_coreset test_dmoe test_dmoe_released",
     "cost": "test_cost test_auto test_lower",
     "count": "test_count test_runtime",
@@ -40,7 +40,7 @@ TESTS = {
     "fuse_experts": "test_fuse_experts",
     "fuse_route": "test_fuse_route",
     "inline": "test_constrain test_top_any",
-    "layouts": "test_constrain test_team",
+    "layouts": "test_layouts test_team",
     "limit": "test_team test_route test_route_ties",
     "lower": "test_lower test_fuse_experts",
     "nodes": "test_sites test_region test_fuse_experts",

@@ -26,6 +26,7 @@ TEXT = {
 SIZE = diffusion_gemma.Size(TEXT, canvas_length=32, dtype=torch.float32)
 
 
+@pytest.mark.usefixtures("aten")
 def test_the_whole_figure(monkeypatch):
     """Everything one run must hold, in one test: the run compiles five times."""
     monkeypatch.setitem(diffusion_gemma.SIZES, "tiny", SIZE)

@@ -7,6 +7,7 @@ from dmoe_compile.bench import gpu
 from dmoe_compile.bench.gpu import Settings
 
 
+@pytest.mark.usefixtures("aten")
 def test_every_way_is_compared_and_timed() -> None:
     rows = gpu.run(Settings(shapes=("tiny",), calls=2, device="cpu"))
     ways = {row["way"]: row for row in rows}

@@ -11,7 +11,7 @@ from dmoe_compile.bench.layer import Settings
 
 
 @pytest.fixture(scope="module")
-def rows() -> dict[str, dict[str, Any]]:
+def rows(aten: None) -> dict[str, dict[str, Any]]:
     found = layer.run(Settings(shapes=("tiny",), coreset=5, calls=2, dtype="float32"))
     return {row["way"]: row for row in found}
 

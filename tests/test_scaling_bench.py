@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dmoe_compile.bench import scaling
 from dmoe_compile.bench.scaling import Settings
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
-    with pytest.MonkeyPatch.context() as patch, torch._inductor.config.patch(fallback_by_default=True):
+def rows(aten: None) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scaling, "LENGTHS", (1, 64))
         patch.setattr(scaling, "BATCHES", (2,))
         patch.setattr(scaling, "_CORESET", 5)
