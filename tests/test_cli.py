@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -55,7 +56,8 @@ def test_version():
 @pytest.mark.parametrize(("env", "coloured"), [({}, False), ({"FORCE_COLOR": "1"}, True)], ids=["pipe", "forced"])
 def test_colours_are_off_where_output_is_no_terminal(env, coloured):
     own = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    done = subprocess.run(["dmoe", "doctor"], capture_output=True, text=True, env=own | env)
+    dmoe = str(Path(sys.executable).with_name("dmoe"))
+    done = subprocess.run([dmoe, "doctor"], capture_output=True, text=True, env=own | env)
     assert done.returncode == 0, done.stderr
     assert ("\x1b[" in done.stdout) == coloured
     assert "\x1b[" not in done.stderr
