@@ -41,9 +41,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(stacks.STACKS, name, made)
 
 
-def printed(rows: list[dict[str, Any]]) -> str:
+def printed(rows: list[dict[str, Any]], width: int = 160) -> str:
     out = io.StringIO()
-    console = Console(width=160, file=out)
+    console = Console(width=width, file=out)
     console.print(figure.table(rows))
     for remark in figure.remarks(rows):
         console.print(remark, soft_wrap=True)
@@ -78,6 +78,10 @@ def test_rows_and_what_is_printed() -> None:
     assert 0 < team["context_share"] < 1
     text = printed(rows)
     assert "SDAR-30B-A3B: 2 layers, float32, blocks of 32; times faster than inductor" in text
+    narrow = printed(rows, width=80)
+    assert "…" not in narrow
+    assert "resident at most: " in text
+    assert all(f"{row['s_per_step'] * 1e3:.3g}" in narrow for row in rows)
     assert f"tokens a step: {kernel['tokens_per_step']:.2f} without team, assumed" in text
     for way in ("kernel 1.8x a step: ", "team + dmoe 0.6 one row 5x an accepted token: "):
         assert f"goal: {way}" in text

@@ -17,7 +17,7 @@ passes count their experts (stats=True) while they are timed.
                   the same run, as a share of the time taken; attention's own products are left out
     compile       a first decoding of few forwards, less one that is warm: from empty caches, and from the caches that
                   this left. The expert kernel is built once a process: the first of its ways pays for it
-    peak          resident memory of the process while a way decodes; all ways share the model's weights
+    resident      memory of the process while a way decodes; all ways share the model's weights
     context       what the decoding context itself takes of a forward, and the expert outputs that it keeps
 """
 
@@ -340,19 +340,20 @@ def _table(rows: Sequence[Row]) -> Table:
     first = rows[0]
     base = next((row for row in rows if row["way"] == BASELINE), first)
     out = narrow_table(
-        *("", "ms/step", "", "ms/token", "", "experts", "MB/step", "of roofline", "compile s", "peak GB"),
+        *("", "ms/step", "", "ms/token", "", "experts", "MB/step", "of\nroofline", "compile\ns"),
         title=(
             f"{first['shape']}: {first['layers']} layers, {first['dtype']}, blocks of {first['block_length']}; times "
             f"faster than {base['way']}"
         ),
     )
+    for column in out.columns[1:]:  # where it is narrow, ways take two lines
+        column.no_wrap = True
     for row in rows:
         compiled = "" if row["compile_cold_s"] is None else f"{row['compile_cold_s']:.0f}, {row['compile_warm_s']:.0f}"
         out.add_row(
             row["way"], f"{row['s_per_step'] * 1e3:.3g}", f"{base['s_per_step'] / row['s_per_step']:.2f}x",
             f"{row['s_per_token'] * 1e3:.3g}", f"{base['s_per_token'] / row['s_per_token']:.2f}x",
             f"{row['unique_experts']:.1f}", f"{row['bytes_per_step'] / 1e6:.0f}", f"{row['of_roofline']:.0%}", compiled,
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}",
         )  # fmt: skip
     return out
 
@@ -364,6 +365,8 @@ def _remarks(rows: Sequence[Row]) -> Iterator[str]:
     tokens = ", ".join(f"{each:.2f}" for each in sorted(per_step))
     if per_step:
         yield f"tokens a step: {tokens} without team, {'assumed' if first['assumed'] else 'by its own confidences'}"
+    if peaks := [row["peak_bytes"] / 1e9 for row in rows if row["peak_bytes"] is not None]:
+        yield f"resident at most: {max(peaks):.1f} GB"
     for row in rows:
         if row["team"]:
             less = next((each for each in rows if each["way"] == BASELINE), first)["expert_bytes_per_token"]
