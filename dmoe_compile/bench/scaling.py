@@ -195,6 +195,7 @@ def draw(rows: Sequence[Row], path: Path) -> list[Path]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import StrMethodFormatter
 
     sweeps = list(dict.fromkeys(row["sweep"] for row in rows))
     figure = Figure(figsize=(5 * len(sweeps), 4), layout="constrained")
@@ -202,12 +203,14 @@ def draw(rows: Sequence[Row], path: Path) -> list[Path]:
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps, strict=True):
         for way in dict.fromkeys(row["way"] for row in rows if row["sweep"] == sweep):
             chosen = [row for row in rows if row["sweep"] == sweep and row["way"] == way]
-            x = [row["value"] for row in chosen]
+            x = [row["unique" if sweep == "experts" else "value"] for row in chosen]
             (line,) = axes.plot(x, [row["ms"] for row in chosen], marker="o", label=way)
             if way != INDUCTOR:  # whose own roofline is that of the same experts
                 axes.plot(x, [row["floor_ms"] for row in chosen], linestyle=":", color=line.get_color())
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        axes.set_yscale("log", base=2)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 32, not 2 to the power of 5
         axes.set_xlabel(_AXES[sweep])
         axes.set_ylabel("ms a layer; dotted: roofline")
         axes.legend(fontsize=8)
