@@ -155,9 +155,10 @@ def test_what_the_kernel_does_not_know_of_is_inductors(
     mask: Any, step: Any, method: Any, escapes: tuple[str, ...], reason: str
 ) -> None:
     pytest.importorskip("triton")
-    site, graph, tracer = SimpleNamespace(escapes=escapes), fx.Graph(), None
-    where = Layout(NODE, 1, S, mask, step)
-    found = route(graph, site, PLAIN, where, method, Settings(), tracer)  # type: ignore[arg-type]
+    site: Any = SimpleNamespace(escapes=escapes)
+    tracer: Any = None
+    graph, where = fx.Graph(), Layout(NODE, 1, S, mask, step)
+    found = route(graph, site, PLAIN, where, method, Settings(), tracer)
     assert isinstance(found, str)
     assert reason in found
     assert not graph.nodes
