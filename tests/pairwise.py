@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import random
 from typing import Any
 
 
 def covering(every: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return forms enough that every two values that occur together do so among them."""
-    seen: set[Any] = set()
+    pairs = [set(itertools.combinations(form.items(), 2)) for form in every]
+    left: set[Any] = set().union(*pairs)
     chosen = []
-    for form in random.Random(0).sample(every, len(every)):
-        pairs = set(itertools.combinations(form.items(), 2))
-        if not pairs <= seen:
-            seen |= pairs
-            chosen.append(form)
+    while left:
+        most = max(range(len(every)), key=lambda i: len(pairs[i] & left))
+        left -= pairs[most]
+        chosen.append(every[most])
     return chosen

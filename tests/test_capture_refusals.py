@@ -35,11 +35,6 @@ class Biased(forms.SoftmaxLoop):
         return Wrapper(self.experts)(rows, ids, weights).view(hidden_states.shape), logits
 
 
-class SoftCapped(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return 30 * torch.tanh(super().forward(x) / 30)
-
-
 class Clamped(forms.SoftmaxLoop):
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         out, logits = super().forward(hidden_states)

@@ -15,6 +15,7 @@ import dmoe_compile
 from dmoe_compile import evaluation, loading, problems
 from dmoe_compile.config import Config
 
+pytestmark = pytest.mark.usefixtures("aten")
 LEAST_RIGHT = 83  # of 100: 91.4% is what its card says, less three standard deviations
 
 
@@ -52,7 +53,7 @@ def test_the_tuned_one_solves_as_much_with_a_quarter_of_the_experts() -> None:
 
 
 def test_it_solves_what_its_card_says() -> None:
-    """Decoded in batches, through stock Inductor: 100 of the 500 problems that the figures are of."""
+    """Decoded in batches: 100 of the 500 problems that the figures are of."""
     decoder = evaluation.Decoder("demo", None, evaluation.Settings(problems=100, batch=20))
     right = [each for group in decoder._settings.groups() for each in decoder.decode(group)["right"]]
     assert sum(right) >= LEAST_RIGHT

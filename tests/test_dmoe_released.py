@@ -36,14 +36,14 @@ def _read(name: str) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     return {case["id"]: case for case in described["cases"]}, load_file(REFERENCE / f"{name}.safetensors")
 
 
-def _compiled(block: MoeBlock, backend: str, *, dynamic: bool = False, **options: Any) -> Callable[..., dict[str, Any]]:
+def _compiled(block: MoeBlock, backend: str = "rewritten", **options: Any) -> Callable[..., dict[str, Any]]:
     """Return the block under the dmoe pass, which also gives what its selection ranked where Inductor is not in it."""
     torch._dynamo.reset()
     if backend == "inductor":
         given = {"passes": ["dmoe"], **options}
-        return torch.compile(block, backend="dmoe", options=given, fullgraph=True, dynamic=dynamic)
+        return torch.compile(block, backend="dmoe", options=given, fullgraph=True)
     rewriting = Rewriting(**options)
-    compiled = torch.compile(block, backend=rewriting, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(block, backend=rewriting, fullgraph=True)
 
     def call(*args: Any) -> dict[str, Any]:
         out = compiled(*args)
@@ -163,16 +163,14 @@ def _pairs(cases: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("num_experts", "groups", "batch", "seq"),
     [
-        (16, 1, 1, 32),
-        (16, 4, 1, 70),  # a ragged tail
-        (32, 4, 2, 96),
         (32, 1, 2, 70),  # a ragged tail in each row
-        (64, 1, 1, 96),
+        (32, 4, 2, 96),
         (64, 4, 2, 20),  # rows shorter than a block
     ],
 )
 @torch.no_grad()
 def test_gate_is_the_released_one_through_inductor(num_experts: int, groups: int, batch: int, seq: int) -> None:
+    """Nightly, above, in every case."""
     cases, tensors = _read(GATES[num_experts])
     same = {"n_group": groups, "B": batch, "S": seq, "core_threshold": 0.6}
     biased, plain = (case for case in cases.values() if same.items() <= case.items())
@@ -180,7 +178,8 @@ def test_gate_is_the_released_one_through_inductor(num_experts: int, groups: int
     compiled = _compiled(block, "inductor", **{"dmoe.top_p": 0.6})
     for case in (biased, plain):
         _set_bias(block.gate, tensors, case)
-        _compare_with_recorded(compiled(tensors[case["hidden"]]), case, tensors)
+        _, compared = _compare_with_recorded(compiled(tensors[case["hidden"]]), case, tensors)
+        assert compared > 0
 
 
 # Edge cases of the released gate. Where ours differs, the recorded tensors show a defect and ours the rule.
@@ -188,14 +187,14 @@ def test_gate_is_the_released_one_through_inductor(num_experts: int, groups: int
 EDGE = "case1_dmoe_gate_edge"
 
 
-def _edge(name: str, backend: str = "rewritten", **options: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _edge(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return what the compiled model gives for an edge case, and what was recorded."""
     cases, tensors = _read(EDGE)
     case, prefix = cases[name], f"{name}."
     recorded = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     block = _gate_block(tensors, case, prefix)
     with torch.no_grad():
-        compiled = _compiled(block, backend, **{"dmoe.top_p": case["core_threshold"], **options})
+        compiled = _compiled(block, **{"dmoe.top_p": case["core_threshold"]})
         return compiled(recorded["hidden"]), recorded
 
 
@@ -305,17 +304,6 @@ def test_edge_fewer_experts_than_min_experts() -> None:
 # The released block, experts and shared expert included.
 
 
-class _TwoShapes(torch.nn.Module):
-    """Both recorded inputs in one graph: compiling is most of the time."""
-
-    def __init__(self, block: MoeBlock) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, one: Tensor, other: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return self.block(one), self.block(other)
-
-
 @pytest.mark.parametrize("kind", ["vanilla", "dmoe"])
 @pytest.mark.parametrize("groups", [(1, 1), (4, 2)], ids=GROUPS)
 @torch.no_grad()
@@ -323,12 +311,10 @@ def test_block_is_the_released_one(groups: tuple[int, int], kind: str) -> None:
     cases, tensors = _read("case2_llada2_moe_block")
     weights = {key.removeprefix("w."): value for key, value in tensors.items() if key.startswith("w.")}
     block = load_block(MoeBlock(Gate(24, 64, 4, groups), width=32), weights)
-    options = {"passes": ["dmoe"], "dmoe.top_p": 0.6} if kind == "dmoe" else {"passes": [], "experts": False}
-    compiled = torch.compile(_TwoShapes(block), backend="dmoe", options=options, fullgraph=True)
-    shapes = ["B1.S32", "B2.S20"]
-    outs = compiled(*(tensors[f"hidden.{shape}"] for shape in shapes))
+    compiled = block if kind == "vanilla" else _compiled(block, **{"dmoe.top_p": 0.6})
     compared = []
-    for shape, out in zip(shapes, outs, strict=True):
+    for shape in ("B1.S32", "B2.S20"):
+        out = compiled(tensors[f"hidden.{shape}"])
         for shared, result in {"shared": out["output"], "noshared": out["routed"]}.items():
             case = cases[f"{kind}.{shape}.g{groups[0]}-{groups[1]}.{shared}"]
             output, ids, expert_weights, logits = (

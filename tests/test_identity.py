@@ -5,6 +5,7 @@ or a rounding on the way shows as one flipped expert.
 """
 
 import dataclasses
+import functools
 import itertools
 
 import pytest
@@ -36,6 +37,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 SETTINGS = list(itertools.product(zoo.EXPERTS, DTYPES))
 IN_CODE = ("qwen3_moe", "deepseek_v3", "gpt_oss")  # softmax; sigmoid, bias and groups; bare logits
 FIRST_ROUTED = {"deepseek_v3": 2}  # its first layer is dense
+# Every method on one model of each kind of router, dmoe and cover on all of them; nightly every method on every model.
+OFTEN = {
+    *itertools.product(("diffusion_gemma", *IN_CODE), METHODS),
+    *itertools.product(zoo.ROUTABLE, ("dmoe", "cover")),
+}
 
 
 def holds(name, experts, dtype, *, config=CONFIG, dynamic=False):
@@ -80,22 +86,35 @@ def test_all_experts_identity_in_every_setting(setting):
     assert holds(**setting, config=config)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", zoo.ROUTABLE)
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        pytest.param(*each, marks=() if each in OFTEN else pytest.mark.nightly)
+        for each in itertools.product(zoo.ROUTABLE, METHODS)
+    ],
+)
 def test_all_experts_identity_of_every_method(name, method):
     """The rewritten graph, run operation by operation, beside the graph as it was."""
-    num_layers = FIRST_ROUTED.get(name, 1)
-    model, inputs = zoo.build(name, num_layers=num_layers), zoo.inputs(name)
-    results = []
-    for options in ({"passes": []}, METHODS[method]):
-        rewriting = Rewriting(**options, block_length=16)
-        torch._dynamo.reset()
-        with torch.no_grad():
-            results.append(torch.compile(model, backend=rewriting, fullgraph=True)(**inputs)[0])
-    assert [outcome.site.name for outcome in rewriting.outcomes if outcome.rewritten] == list(
-        zoo.expected(name, num_layers).names
-    )
-    assert torch.equal(*results)
+    result, rewritten = operation_by_operation(name, **METHODS[method])
+    assert rewritten == list(zoo.expected(name, FIRST_ROUTED.get(name, 1)).names)
+    assert torch.equal(result, as_it_was(name))
+
+
+def operation_by_operation(name, **options):
+    """Return what the first output is, and the names of the sites that were rewritten."""
+    model = zoo.build(name, num_layers=FIRST_ROUTED.get(name, 1))
+    rewriting = Rewriting(**options, block_length=16)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        result = torch.compile(model, backend=rewriting, fullgraph=True)(**zoo.inputs(name))[0]
+    return result, [outcome.site.name for outcome in rewriting.outcomes if outcome.rewritten]
+
+
+@functools.cache
+def as_it_was(name):
+    result, rewritten = operation_by_operation(name, passes=[])
+    assert not rewritten
+    return result
 
 
 @pytest.mark.nightly
@@ -117,11 +136,11 @@ _coreset = dmoe.coreset
 
 
 def test_a_wrong_rule_is_found(monkeypatch):
-    model, x = TinyMoE(), torch.randn(2, 24, 16)
-    assert dmoe_compile.explain(model, x, config=CONFIG, verify=True).verified
+    model, x, config = TinyMoE(), torch.randn(2, 24, 16), dataclasses.replace(CONFIG, inductor=ATEN)
+    assert dmoe_compile.explain(model, x, config=config, verify=True).verified
     torch._dynamo.reset()
     monkeypatch.setattr(dmoe, "coreset", _without_the_last)
-    report = dmoe_compile.explain(model, x, config=CONFIG, verify=True)
+    report = dmoe_compile.explain(model, x, config=config, verify=True)
     assert [site.rewritten for site in report.sites] == [True]
     assert report.verified is False
     assert "all-experts identity: BROKEN" in str(report)
@@ -134,6 +153,7 @@ def test_what_was_never_run_is_not_verified(monkeypatch):
         raise RuntimeError("no such rule")
 
     monkeypatch.setattr(dmoe, "coreset", fail)
-    report = dmoe_compile.explain(TinyMoE(), torch.randn(2, 24, 16), config=CONFIG, verify=True)
+    config = dataclasses.replace(CONFIG, inductor=ATEN)
+    report = dmoe_compile.explain(TinyMoE(), torch.randn(2, 24, 16), config=config, verify=True)
     assert "RuntimeError: no such rule" in report.warnings[0]
     assert not report.verified

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 import zoo
 
+pytestmark = pytest.mark.usefixtures("aten")
 L = 8
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<mask>", "<user>", "<model>")
 MASK = SPECIAL.index("<mask>")

@@ -28,7 +28,7 @@ from torch import Tensor
 import dmoe_compile
 from dmoe_compile import Config
 from reference_model import Rewriting
-from tiny_moe import QUICK, TinyMoE
+from tiny_moe import ATEN, BLOCK, TinyMoE
 
 DOCS = Path(__file__).parents[1] / "docs" / "policies.md"
 
@@ -227,17 +227,16 @@ def most_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Mod
 
 def check_it_runs() -> None:
     model, x = TinyMoE(), torch.randn(2, 24, 16)
-    options = {**{k: v for k, v in QUICK.items() if not k.startswith("dmoe.")}, "passes": ["most_wanted"]}
-    backend = Rewriting(**{k: options[k] for k in ("passes", "block_length")}, **{"most_wanted.size": 3})
+    options = {"passes": ["most_wanted"], "block_length": BLOCK, "most_wanted.size": 3}
+    backend = Rewriting(**options)
     with torch.no_grad():
         torch.compile(model, backend=backend, fullgraph=True)(x)
         (ranked,) = backend.ranked
-        length = options["block_length"]
-        used = ranked.view(2 * 24 // length, length, -1).isfinite().any(1)
+        used = ranked.view(2 * 24 // BLOCK, BLOCK, -1).isfinite().any(1)
         assert used.sum(-1).tolist() == [3] * len(used)
         torch._dynamo.reset()
-        torch.compile(model, backend="dmoe", options={**options, "most_wanted.size": 3})(x)
-    report = dmoe_compile.explain(model, x, config=Config(passes=("most_wanted",)), verify=True)
+        torch.compile(model, backend="dmoe", options={**options, **ATEN})(x)
+    report = dmoe_compile.explain(model, x, config=Config(passes=("most_wanted",), inductor=ATEN), verify=True)
     assert report.verified
 
 

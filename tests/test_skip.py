@@ -23,7 +23,7 @@ from tiny_moe import ATEN, INDUCTOR
 
 B, S = 2, 8
 SIZE = (B, S)
-NOBODY, ALL = torch.zeros(SIZE, dtype=torch.bool), torch.ones(SIZE, dtype=torch.bool)
+ALL = torch.ones(SIZE, dtype=torch.bool)
 SOME = torch.rand(SIZE, generator=torch.Generator().manual_seed(3)) < 0.5
 
 

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 from dmoe_compile import training
 from dmoe_compile.tuning import Settings, tune
 
+pytestmark = pytest.mark.usefixtures("aten")
+
 
 def test_the_student_gets_nearer(tmp_path: Path) -> None:
     torch.manual_seed(0)
