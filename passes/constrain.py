@@ -10,6 +10,7 @@ Left alone: forwards of more than `max_block_tokens` tokens a sequence.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.inline import Argument, Tracer, between
 from dmoe_compile.passes.layouts import Kind, Layout, Size, Tokens, layout_arguments
 from dmoe_compile.passes.limit import COLD, HOT, allowed
+from dmoe_compile.passes.nodes import aten, prims
 from dmoe_compile.passes.routers import Groups
 from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
@@ -106,6 +108,8 @@ def constrain(
     else:
         results = _constrain_groups(graph, site, site.groups, own, layout, routing, key, tracer)
     site.select.replace_input_with(site.scores, results[0])
+    if site.groups is not None or where.kind.mask or where.kind.step:
+        _keep_values(graph, site)
     below = results[1] if method.promise is not None else None
     return describe(Outcome(site, True, "", below_promise=below), where, settings)
 
@@ -189,6 +193,36 @@ class _Routing:
         silent = None if tokens.roles is None else tokens.roles != HOT
         length, whole = self.settings.block_length, self.settings.scope == "batch"
         return Blocks(tokens.batch, tokens.seq, length, tokens.present, whole, silent, self.kind.candidates)
+
+
+def _keep_values(graph: fx.Graph, site: Site) -> None:
+    """Let those who read a selection's values read the scores of what it chose: what it ranks may be something else.
+
+    In a router with groups experts outside a token's groups are ranked behind the others, and tokens that are not
+    routed rank how much experts are used. Routing weights may be a selection's values.
+    """
+    values, ids = (
+        next((user for user in site.select.users if user.target is operator.getitem and user.args[1] == i), None)
+        for i in (0, 1)
+    )
+    if values is None or ids is None or not values.users:
+        return
+    value, source = values.meta["val"], site.scores if site.groups is None else site.groups.scores
+    is_flat = value.dim() < source.meta["val"].dim()  # aten.max, which drops the dim
+    values.prepend(ids)
+    with graph.inserting_before(values):
+        if source.meta["val"].dtype != value.dtype:
+            scores, source = source, graph.call_function(prims.convert_element_type.default, (source, value.dtype))
+            source.meta["val"] = scores.meta["val"].to(value.dtype)
+        if is_flat:
+            index = graph.call_function(aten.unsqueeze.default, (ids, -1))
+            index.meta["val"] = ids.meta["val"].unsqueeze(-1)
+            gathered = graph.call_function(aten.gather.default, (source, -1, index))
+            gathered.meta["val"] = torch.empty_like(index.meta["val"], dtype=value.dtype)
+    # The node stays: it may be what the site calls its weights.
+    values.target, values.args = (
+        (aten.squeeze.dim, (gathered, -1)) if is_flat else (aten.gather.default, (source, -1, ids))
+    )
 
 
 def _own_choice(graph: fx.Graph, site: Site) -> list[fx.Node]:

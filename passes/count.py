@@ -44,9 +44,10 @@ def count_tokens(
     for site, where, below in sites:
         if site.select in fused:
             assert site.weights is not None
-            rule = _FusedCounts(site.num_experts)
-            of_site = ("fused counts", site.num_experts)
-            unique, unsound = tracer.insert(graph, output, rule, [site.ids, site.weights], of_site)
+            layout = layout_arguments(graph, site, where) if where.kind.mask else []
+            fused_rule = _FusedCounts(site.num_experts, where.kind)
+            key = ("fused counts", site.num_experts, where.kind)
+            unique, unsound = tracer.insert(graph, output, fused_rule, [site.ids, site.weights, *layout], key)
         else:
             args = [site.ids, site.scores, *layout_arguments(graph, site, where)]
             key = ("counts", site.num_experts, where.kind)
@@ -78,13 +79,21 @@ class _Counts:
 
 
 class _FusedCounts:
-    """The rule of a site that dmoe::route chose for: ids of E are not routed; unsound scores show in the weights."""
+    """The rule of a site that dmoe::route chose for: ids of E are not routed; unsound scores show in the weights.
 
-    def __init__(self, num_experts: int) -> None:
+    Where the model's own routing is left, padding is routed, and not counted.
+    """
+
+    def __init__(self, num_experts: int, kind: Kind) -> None:
         self.num_experts = num_experts
+        self.kind = kind
 
-    def __call__(self, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        return count_experts(ids, None, self.num_experts), (~are_sound(weights)).sum()
+    def __call__(self, ids: Tensor, weights: Tensor, *layout: Any) -> tuple[Tensor, Tensor]:
+        present = self.kind.read(*layout).present if layout else None
+        routed = None if present is None else present.reshape(-1)
+        unsound = ~are_sound(weights)
+        unsound = unsound if routed is None else unsound & routed
+        return count_experts(ids, routed, self.num_experts), unsound.sum()
 
 
 def _row(unique: Tensor, unsound: Tensor, *below: Tensor) -> Tensor:

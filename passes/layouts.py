@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from dmoe_compile.passes.inline import Argument, size_argument
 from dmoe_compile.passes.limit import DECODED, HOT
-from dmoe_compile.passes.nodes import Sources, shape
+from dmoe_compile.passes.nodes import VIEWS, Sources, packet, same, shape
 from dmoe_compile.passes.sites import Site
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -133,13 +133,25 @@ def _rows(site: Site) -> fx.Node | None:
     for _ in range(_MAX_STEPS_TO_ROWS):
         dims = shape(node)
         if dims is not None and len(dims) == 3 and statically_known_true(dims[0] * dims[1] == tokens):
-            return node
+            return _unmerged(node) if statically_known_true(dims[0] == 1) else node
         width = (shape(node) or (0,))[-1]
         parents = [a for a in node.all_input_nodes if len(shape(a) or ()) >= 2 and (shape(a) or (0,))[-1] == width]
         if not parents:
             return None
         node = parents[0]
     return None
+
+
+def _unmerged(merged: fx.Node) -> fx.Node:
+    """Return the [B, S, H] that [1, T, H] is a view of, as einsum makes one for a bmm; [1, T, H] where B or S is 1."""
+    node, (_, tokens, width) = merged, shape(merged) or (0, 0, 0)
+    while node.op == "call_function" and packet(node) in VIEWS:
+        node = node.all_input_nodes[0]
+        dims = shape(node) or ()
+        alike = len(dims) == 3 and same(dims[0] * dims[1], tokens) and same(dims[2], width)
+        if alike and not same(dims[0], 1) and not same(dims[1], 1):
+            return node
+    return merged
 
 
 def _attention_mask(

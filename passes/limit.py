@@ -20,6 +20,9 @@ HOT, COLD, DECODED, IDLE = range(4)
 def allowed(ranked: Tensor, inside: Tensor, hot: Tensor, cold: Tensor, candidates: int, top_k: int) -> Tensor:
     """Return the experts each token may use, [R*S, E] bool: hot tokens their coreset, cold ones what is hot in it.
 
+    Where fewer than k experts of a cold token's coreset are hot, it has all of them: the coreset is never left. Hot
+    tokens of other blocks choose from other coresets.
+
     Args:
         ranked: [R*S, E], what the selection would rank without the limit.
         inside: [R*S, E] bool, the coreset of each token.
@@ -35,5 +38,5 @@ def allowed(ranked: Tensor, inside: Tensor, hot: Tensor, cold: Tensor, candidate
     necessary = used.reshape(rows // candidates, -1, num_experts).amax(1) > 0
     necessary = necessary | ~necessary.any(-1, keepdim=True)
     of_rows = necessary.unsqueeze(1).expand(-1, candidates, num_experts).reshape(rows, 1, num_experts)
-    limited = torch.where(cold.unsqueeze(-1), of_rows, True)
-    return inside & limited.reshape(inside.shape)
+    limited = inside & torch.where(cold.unsqueeze(-1), of_rows, True).reshape(inside.shape)
+    return torch.where(limited.sum(-1, keepdim=True) >= top_k, limited, inside)

@@ -72,8 +72,9 @@ class Lowering:
 
     def insist(self, refusals: Sequence[Refusal]) -> None:
         """Raise NotFusedError where experts=True asks for layers of which the matcher made no site."""
-        if self.experts is True and refusals:
-            first = refusals[0]
+        layers = [refusal for refusal in refusals if refusal.has_experts]
+        if self.experts is True and layers:
+            first = layers[0]
             raise NotFusedError(
                 f"experts=True, but {first.name} can't have the fused kernel: {first.reason}; use experts='auto'"
             )

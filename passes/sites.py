@@ -21,17 +21,19 @@ codebook, sparse attention), mixtures without a selection, experts chosen by mor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
+from dmoe_compile.passes.inline import between
 from dmoe_compile.passes.nodes import (
     GATHERS,
     MATMULS,
     SOFTMAX,
     VIEWS,
     Sources,
+    argument,
     aten,
     forward_nodes,
     is_float,
@@ -85,11 +87,13 @@ class Refusal:
     """A selection or a bank of expert weights that is left alone, and the reason.
 
     `is_router`: it looks like a router whose experts are in another graph, so a graph break is worth a warning.
+    `has_experts`: it may be a layer of experts, and not a selection of something else alone.
     """
 
     name: str
     reason: str
     is_router: bool = False
+    has_experts: bool = True
 
 
 def find_sites(graph: fx.Graph, sources: Sources) -> tuple[list[Site], list[Refusal]]:
@@ -129,7 +133,15 @@ class _Finder:
                 )
                 refusals.append(Refusal(self._name(sel, reach.banks[0], weight), reason))
         claimed = {w for reach in reached.values() for bank in reach.banks for w in bank.weights}
+        if self._has_more_experts(claimed):
+            refusals = [replace(refusal, has_experts=True) for refusal in refusals]
         return sites, self._with_dense(refusals, claimed)
+
+    def _has_more_experts(self, claimed: Collection[fx.Node]) -> bool:
+        """Say whether there are products with parameters [E, ., .] that no selection drives."""
+        products = [node for node in self.live if node.op == "call_function" and "mm" in str(packet(node))]
+        roots = {self.sources.parameter(operand) for node in products for operand in node.all_input_nodes}
+        return any(root is not None and root not in claimed and len(shape(root) or ()) >= 3 for root in roots)
 
     def _judge(self, sel: Selection, reach: Reach) -> list[Site | Refusal]:
         """Return one site for each bank that a selection drives, or one refusal."""
@@ -143,12 +155,16 @@ class _Finder:
             if packet(sel.node) is not aten.topk:
                 return []  # argmax, max and sort have a hundred other uses
             if matmul is None or not self.sources.is_static(_matmul_operands(matmul)[1]):
-                return [Refusal(named, "what it ranks does not come from one linear router")]
+                return [Refusal(named, "what it ranks does not come from one linear router", has_experts=False)]
             is_router = weight is not None and any(self.graph.output_node() in node.users for node in reach.routing)
             where = _parent(self.sources.module_path(weight)) if weight else ""
-            return [Refusal(where or named, "its indices select no expert weights [E, ., .] in this graph", is_router)]
+            reason = "its indices select no expert weights [E, ., .] in this graph"
+            return [Refusal(where or named, reason, is_router, has_experts=False)]
         if matmul is None:
             reason = f"{len(router.matmuls)} matmuls lead to its scores, not one router"
+            return [Refusal(self._name(sel, reach.banks[0], weight), reason)]
+        if turned := next((node for node in router.between if _turns_rows(node)), None):
+            reason = f"{_label(turned)} stands between its router and its selection: experts may choose tokens there"
             return [Refusal(self._name(sel, reach.banks[0], weight), reason)]
         return [self._site(sel, reach, bank, router, weight) for bank in reach.banks]
 
@@ -209,7 +225,7 @@ class _Finder:
                 dims = shape(node) or (0,)
                 # Of one token, k weights in a row are those of its experts in another order: sorted for grouped_mm.
                 if len(dims) > 1 and same(dims[-1], sel.top_k) and same(prod(dims), pairs):
-                    return node
+                    return None if _is_reordered(sel, reach, node) else node
                 sources = [a for a in node.all_input_nodes if a in reach.routing and is_float(a)]
                 if len(sources) != 1 or packet(node) not in VIEWS | GATHERS:
                     break
@@ -270,6 +286,14 @@ class _Finder:
         return ".".join(common) or str(bank.experts[0])
 
 
+def _is_reordered(sel: Selection, reach: Reach, weights: fx.Node) -> bool:
+    """Say whether weights [T, k] may lie in another order than the ids of the selection: taken from others [T, k]."""
+    return any(
+        packet(node) in GATHERS and node.all_input_nodes[0] in reach.routing and is_float(node)
+        for node in between(sel.node, weights)
+    )
+
+
 def _is_renormalised(reach: Reach, top_k: int) -> bool:
     """Say whether the k weights of a token are divided by their sum, or softmaxed after the selection."""
     for node in reach.routing:
@@ -304,6 +328,19 @@ def _has_rows(node: fx.Node, tokens: int | torch.SymInt, width: int | torch.SymI
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dim() < 2:
         return False
     return same(value.shape[-1], width) and same(value.numel(), tokens * width)
+
+
+def _turns_rows(node: fx.Node) -> bool:
+    """Say whether a node puts another dim of a value last, one of more than 1 element (einsum moves its own about)."""
+    op, rank = packet(node), len(dims := shape(node) or ())
+    if not dims or same(dims[-1], 1):
+        return False
+    if op is aten.permute:
+        return argument(node, "dims", ())[-1] not in (-1, rank - 1)
+    if op is aten.transpose:
+        swapped = {argument(node, name, 0) % rank for name in ("dim0", "dim1")}
+        return len(swapped) == 2 and rank - 1 in swapped
+    return op is aten.t
 
 
 def _matmul_operands(node: fx.Node) -> tuple[fx.Node, fx.Node]:

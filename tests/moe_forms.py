@@ -192,6 +192,33 @@ class Summed(Masked):
         return torch.einsum("te,teh->th", self.weights(self.gate(rows).softmax(-1)), y)
 
 
+class ById(Moe):
+    """Sorts a token's experts by their number, and their weights with them."""
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        weights, ids = scores.topk(K, -1)
+        ids, order = ids.sort(-1)
+        return weights.gather(-1, order), ids
+
+
+class TurnedChoice(Moe):
+    """Experts choose among as many tokens as there are experts: scores [E, T] look like [T, E]."""
+
+    def forward(self, x: Tensor) -> Any:
+        rows = x.view(-1, H)
+        weights, tokens = self.gate(rows).softmax(-1).t().topk(3, dim=-1)  # [E, 3]
+        y = torch.bmm(F.silu(torch.bmm(rows[tokens], self.up.transpose(1, 2))), self.down.transpose(1, 2))
+        return torch.zeros_like(rows).index_add(0, tokens.reshape(-1), (y * weights.unsqueeze(-1)).reshape(-1, H))
+
+
+class Sampled(Moe):
+    """Returns the best tokens of a vocabulary besides."""
+
+    def forward(self, x: Tensor) -> Any:
+        out = super().forward(x)
+        return out, F.linear(out, self.shared.weight).topk(3, -1)
+
+
 class ExpertChoice(Moe):
     """Experts choose tokens."""
 

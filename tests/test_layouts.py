@@ -51,7 +51,21 @@ class _RankThree(nn.Module):
         return self.experts(flat, ids.view(-1, K), weights.view(-1, K)).view(hidden.shape), ids
 
 
-@pytest.mark.parametrize("model", [tight_block, _Behind, _RankThree])
+class _ByEinsum(nn.Module):
+    """A router whose einsum merges the rows to one for its product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(H, E, bias=False)
+        self.experts = Experts(E, H, 2)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits = torch.einsum("bsh,eh->bse", hidden, self.router.weight)
+        weights, ids = logits.view(-1, E).softmax(-1).topk(K)
+        return self.experts(hidden.view(-1, H), ids, weights).view(hidden.shape), ids
+
+
+@pytest.mark.parametrize("model", [tight_block, _Behind, _RankThree, _ByEinsum])
 def test_finds_the_rows_behind_the_tokens(model: Any) -> None:
     _, rewriting = run(model(), torch.randn(2, 11, H))
     ((layout,),) = (findings.layouts for findings in rewriting.findings)
