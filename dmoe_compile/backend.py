@@ -33,6 +33,7 @@ from dmoe_compile.passes.cost import Verdict
 from dmoe_compile.passes.lower import Lowering, NotFusedError
 from dmoe_compile.passes.nodes import Sources
 from dmoe_compile.passes.pipeline import Findings
+from dmoe_compile.passes.policies import policy_names
 from dmoe_compile.passes.team import Denoised
 from dmoe_compile.runtime import recording
 from dmoe_compile.stepwise import Stepwise
@@ -75,7 +76,7 @@ def dmoe(
                 "under torch.no_grad(), or use experts='auto'"
             )
         return _compile_joint(gm, example_inputs, config, patches, notices_of(options))
-    if "team" in config.passes:
+    if "team" in config.passes or set(policy_names()).intersection(config.selected):
         return _compile_stepwise(gm, example_inputs, config, patches, notices_of(options))
     return _compile_inference(gm, example_inputs, config, patches, notices_of(options))
 
@@ -133,7 +134,8 @@ def rewrite(
         example_inputs: its inputs.
         config: what to run.
         notices: what takes the findings.
-        step: the rows that TEAM denoises, with the inputs that this takes; they are counted in any case.
+        step: the rows that a decoding context describes, with the inputs that this takes; a denoising step of TEAM's is
+            counted in any case.
         said: whether a coreset pays at each site, where that is known.
         known: what was read of experts in other graphs of the same model, see passes/fuse_experts.py.
 
@@ -151,7 +153,7 @@ def rewrite(
             sources,
             config.selected,
             settings,
-            stats=config.stats or step is not None,
+            stats=config.stats or (step is not None and step.reuses),
             verdicts=said,
             step=step,
             lowering=_lowering(aten, sources, example_inputs, config, {} if known is None else known),
@@ -221,9 +223,9 @@ def _compile_stepwise(
     def rewritten(step: Denoised | None) -> tuple[fx.GraphModule, Findings] | None:
         return rewrite(gm, inputs, config, notices, step, said, known)
 
-    stepwise = Stepwise(gm, inputs, rewritten, lower, config.stats, config.selected["team"])
+    stepwise = Stepwise(gm, inputs, rewritten, lower, config.stats, config.selected.get("team"))
     inputs[:] = stepwise.fakes or inputs  # a later step is traced on these; the real ones are not held
-    return stepwise
+    return stepwise.alone or stepwise
 
 
 def _compile_joint(

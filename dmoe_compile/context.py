@@ -8,9 +8,9 @@
             context.accept(choice)                         # with candidates: the rows that the next step goes on from
 
 A context belongs to one stream of forwards: one decoding, or one batch of them. It is found by a ContextVar, so threads
-and asyncio tasks each see their own, and what is stored is keyed by expert bank, row and absolute position. A token is
-served from the store only if its position was stored by the forward just before; whatever else is marked as decoded is
-computed.
+and asyncio tasks each see their own. What is stored (stored.py) is keyed by expert bank, row and absolute position. A
+token is served from the store only if its position was stored by the forward just before; whatever else is marked as
+decoded is computed.
 
 B: sequences; C: candidate rows a sequence; R = B*C; S: tokens of a row; H: hidden size
 """
@@ -21,22 +21,20 @@ import asyncio
 import contextvars
 import itertools
 import threading
-import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dmoe_compile.passes.limit import COLD, DECODED, HOT, IDLE
+from dmoe_compile.stored import Store, Stored
 
 _current: contextvars.ContextVar[Denoising | None] = contextvars.ContextVar("dmoe_denoising", default=None)
 T = TypeVar("T")
 _MAX_RECORDS = 65_536  # steps whose counts are kept
-Key = tuple[str, int]  # a site's name and the id of its experts' weights, which its entry refers to weakly
 
 
 def current(*, strict: bool = True) -> Denoising | None:
@@ -77,41 +75,41 @@ class StepStats:
     unique_experts: dict[str, int]
 
 
-@dataclass
-class _Stored:
-    """Outputs of one site, [R, S, H]: whose, which step stored them, and from which position on."""
-
-    experts: weakref.ref[Tensor]
-    buffer: Tensor
-    step: int = -1  # that was run to its end
-    running: int = -1  # that was begun
-    offset: int = 0
-    candidates: int = 1
-
-    def lies(self, rows: int, seq: int, offset: int) -> bool:
-        return (*self.buffer.shape[:2], self.offset) == (rows, seq, offset)
-
-
 @dataclass(frozen=True)
 class _Step:
     """What was said of the next forward: roles [B, S] int8, the first position, candidates a sequence."""
 
     number: int
     roles: Tensor
-    offset: int
+    denoises: bool  # else it is plain, and some tokens are absent
+    has_idle: bool  # whether a token may be idle
+    offset: int = 0
+    candidates: int = 1
+    choice: Tensor | None = None  # [B] int64, the candidate of the last step that was accepted
+    reads: bool = False  # whether any token is decoded
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a forward that is not simply plain: R, S, C, and what was said of them.
+
+    Attributes:
+        denoises: it is a denoising step, of which outputs are stored.
+        has_idle: tokens may be idle, so that they neither vote nor are routed.
+    """
+
+    rows: int
+    seq: int
     candidates: int
-    choice: Tensor | None  # [B] int64, the candidate of the last step that was accepted
-    reads: bool  # whether any token is decoded
+    denoises: bool
+    has_idle: bool
 
 
 class Denoising:
     """State of one decoding; see this module's docstring. Not to be entered twice at once, nor copied."""
 
     def __init__(self) -> None:
-        self._stored: dict[Key, _Stored] = {}
-        self._spare: dict[
-            Key, Tensor
-        ] = {}  # of another shape: rows change between the first step of a block and others
+        self._store = Store()
         self._number = 0
         self._step: _Step | None = None
         self._choice: Tensor | None = None
@@ -165,8 +163,7 @@ class Denoising:
 
     def close(self) -> None:
         """Free what is stored."""
-        self._stored.clear()
-        self._spare.clear()
+        self._store.clear()
         self._step = self._choice = None
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
@@ -203,7 +200,7 @@ class Denoising:
                 "another decoding context was entered after this one, and would take the next forward; leave it first, "
                 "or let decodings take turns with context.run(model, ...), which enters nothing"
             )
-        size = _size(decoded, cold, shape)
+        size = _size(shape=shape, decoded=decoded, cold=cold)
         if candidates < 1 or offset < 0:
             raise ValueError(f"candidates={candidates} must be at least 1, and offset={offset} at least 0")
         if finished is not None and (finished.shape != size[:1] or finished.dtype != torch.bool):
@@ -219,13 +216,29 @@ class Denoising:
         if finished is not None:
             roles = torch.where(finished.unsqueeze(-1), IDLE, roles)
         self._number += 1
-        self._step = _Step(self._number, roles.to(torch.int8), offset, candidates, self._choice, decoded is not None)
+        self._step = _Step(
+            self._number, roles.to(torch.int8), True, finished is not None, offset, candidates, self._choice,
+            reads=decoded is not None,
+        )  # fmt: skip
         self._choice = None
 
-    def plain(self) -> None:
-        """Say that the next forwards are plain: a prefill, or one that stores a finished block's keys and values."""
-        self._step = self._choice = None
+    def plain(self, absent: Tensor | None = None) -> None:
+        """Say that the next forwards are plain: a prefill, or one that stores a finished block's keys and values.
+
+        Args:
+            absent: [B, S] bool, tokens of no sequence, such as padding and rows that are finished: they neither vote
+                for a coreset nor are they routed.
+
+        Raises:
+            ValueError: for a mask of another dtype or shape.
+        """
+        if absent is not None:
+            _size(shape=None, absent=absent)
         self._number += 1
+        self._step = self._choice = None
+        if absent is not None:
+            roles = torch.where(absent, IDLE, HOT).to(torch.int8)
+            self._step = _Step(self._number, roles, False, True)
 
     def accept(self, choice: Tensor) -> None:
         """Say which candidate of each sequence the next step goes on from.
@@ -233,7 +246,7 @@ class Denoising:
         Args:
             choice: [B] int64, in [0, C) of the last step.
         """
-        if self._step is None:
+        if self._step is None or not self._step.denoises:
             raise RuntimeError("accept() belongs after a forward that step() described; there was none")
         count, sequences = self._step.candidates, len(self._step.roles)
         if choice.shape != (sequences,) or not bool(((choice >= 0) & (choice < count)).all()):
@@ -245,36 +258,34 @@ class Denoising:
     @property
     def nbytes(self) -> int:
         """Bytes of stored expert outputs."""
-        return sum(each.buffer.nbytes for each in self._stored.values()) + sum(
-            each.nbytes for each in self._spare.values()
-        )
+        return self._store.nbytes
 
     @property
     def stats(self) -> list[StepStats]:
         """Unique experts of every forward that counted, oldest first; kept after the context is left.
 
         Those are the forwards that step() described, and with ``options={"stats": True}`` the plain ones, each after a
-        plain() of its own.
+        plain() of its own. Where a model falls into several graphs, sites of one name are told apart: mlp, mlp#2.
         """
-        found: dict[int, dict[str, int]] = {}
+        by_number: dict[int, list[tuple[Sequence[str], Tensor]]] = {}
         for number, names, counts in self._counts:
-            found.setdefault(number, {}).update(zip(names, counts[:, 0].tolist(), strict=True))
-        return [StepStats(number, unique) for number, unique in sorted(found.items())]
+            by_number.setdefault(number, []).append((names, counts))
+        return [StepStats(number, _merged(pieces)) for number, pieces in sorted(by_number.items())]
 
     def counted(self) -> dict[str, int]:
         """Return unique experts by site of the forward that was run last; empty where it did not count."""
         last = itertools.takewhile(lambda each: each[0] == self._number, reversed(self._counts))
-        pieces = [dict(zip(names, counts[:, 0].tolist(), strict=True)) for _, names, counts in last]
-        return {name: count for piece in reversed(pieces) for name, count in piece.items()}
+        return _merged([(names, counts) for _, names, counts in last][::-1])
 
     # What the backend asks for.
 
-    def rows(self) -> tuple[int, int, int] | None:
-        """Return R, S and C of the next forward, None where it is plain."""
-        if self._step is None:
+    def rows(self) -> Rows | None:
+        """Return what was said of the next forward's rows, None where it is plain and nothing was."""
+        step = self._step
+        if step is None:
             return None
-        sequences, seq = self._step.roles.shape
-        return sequences * self._step.candidates, seq, self._step.candidates
+        sequences, seq = step.roles.shape
+        return Rows(sequences * step.candidates, seq, step.candidates, step.denoises, step.has_idle)
 
     def roles(self, *, cache: bool, limit: bool) -> Tensor:
         """Return what was said of the next forward's tokens, [B, S] int8, without what is switched off."""
@@ -300,23 +311,32 @@ class Denoising:
         assert step is not None
         sequences, seq = step.roles.shape
         rows = sequences * step.candidates
-        stored = [self._of(name, experts) for name, experts in sites]
+        stored = [self._store.of(name, experts) for name, experts in sites]
         for (name, _), old in zip(sites, stored, strict=True):
             if old is not None and old.running == step.number:
                 raise RuntimeError(
                     f"{name} ran twice in one denoising step: step() describes one forward. Call it before each, "
                     "plain() where nothing is to be reused, and give another stream of forwards its own context"
                 )
-        last = [old if old is not None and old.step == step.number - 1 and step.reads else None for old in stored]
+
+        def is_last(old: Stored) -> bool:
+            return step.reads and old.step == step.number - 1 and old.sequences == sequences
+
+        last = [old if old is not None and is_last(old) else None for old in stored]
         stays = all(old is not None and old.lies(rows, seq, step.offset) for old in last)
-        valid, buffers = torch.ones(seq, dtype=torch.bool), []
+        source, valid = torch.arange(rows, device="cpu"), torch.ones(seq, dtype=torch.bool, device="cpu")
+        buffers = []
         for (name, experts), like, old in zip(sites, likes, last, strict=True):
-            new = self._place(name, experts, like, (rows, seq), keep=stays)
-            if not stays:
-                valid &= self._move(old, new, step, seq)
-            new.running, new.offset, new.candidates = step.number, step.offset, step.candidates
+            if stays and old is not None:
+                new, source = old, old.sources(step.choice, step.candidates)
+            else:
+                new, moved = self._store.place(name, experts, like, (rows, seq), step.offset), slice(0, 0)
+                if old is not None:
+                    moved = old.move_to(new, old.sources(step.choice, step.candidates))
+                valid[: moved.start] = False
+                valid[moved.stop :] = False
+            new.running, new.candidates = step.number, step.candidates
             buffers.append(new.buffer)
-        source = _sources(last[0], step) if stays and last and last[0] is not None else torch.arange(rows)
         roles = torch.where((roles == DECODED) & ~valid.to(roles.device), HOT, roles).to(torch.int8)
         return [roles.repeat_interleave(step.candidates, 0), source.to(roles.device), *buffers]
 
@@ -328,63 +348,36 @@ class Denoising:
         """Say that the forward ran to its end."""
         assert self._step is not None
         for name, experts in sites:
-            stored = self._of(name, experts)
+            stored = self._store.of(name, experts)
             assert stored is not None
             stored.step = self._step.number
 
-    def _of(self, name: str, experts: Tensor) -> _Stored | None:
-        """Return what is stored of a site; nothing where its weights are others that took the place of freed ones."""
-        stored = self._stored.get((name, id(experts)))
-        return stored if stored is not None and stored.experts() is experts else None
 
-    def _place(self, name: str, experts: Tensor, like: Tensor, size: tuple[int, int], *, keep: bool) -> _Stored:
-        """Return where a site's outputs go: where they lay, or a buffer that nothing is read from any more."""
-        key, old = (name, id(experts)), self._of(name, experts)
-        if keep:
-            assert old is not None
-            return old
-        spare = self._spare.pop(key, None)
-        shape = (*size, like.shape[-1])
-        if old is not None:
-            self._spare[key] = old.buffer
-        if spare is None or spare.shape != shape or spare.dtype != like.dtype or spare.device != like.device:
-            with unset_fake_temporarily():
-                spare = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        self._stored[key] = _Stored(weakref.ref(experts), spare)
-        return self._stored[key]
-
-    @staticmethod
-    def _move(old: _Stored | None, new: _Stored, step: _Step, seq: int) -> Tensor:
-        """Copy what the last forward stored of the same positions, row by row; return which there were, [S] bool."""
-        valid = torch.zeros(seq, dtype=torch.bool)
-        if old is None:
-            return valid
-        first = max(old.offset, step.offset)
-        length = min(old.offset + old.buffer.shape[1], step.offset + seq) - first
-        if length > 0:
-            kept = old.buffer.narrow(1, first - old.offset, length)
-            rows = _sources(old, step).to(kept.device)
-            new.buffer.narrow(1, first - step.offset, length).copy_(kept.index_select(0, rows))
-            valid[first - step.offset : first - step.offset + length] = True
-        return valid
+def distinct(names: Iterable[str]) -> list[str]:
+    """Return names with a number behind those that came before: of the pieces of a broken model, some are alike."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return found
 
 
-def _sources(old: _Stored, step: _Step) -> Tensor:
-    """Return the stored row that each row goes on from, [R] int64: the accepted candidate's of its sequence."""
-    sequences = len(step.roles)
-    choice = torch.zeros(sequences, dtype=torch.int64) if step.choice is None else step.choice.cpu()
-    return (torch.arange(sequences) * old.candidates + choice).repeat_interleave(step.candidates)
+def _merged(pieces: Sequence[tuple[Sequence[str], Tensor]]) -> dict[str, int]:
+    """Return what the graphs of one forward counted, by site."""
+    unique = [count for _, counts in pieces for count in counts[:, 0].tolist()]
+    return dict(zip(distinct(name for names, _ in pieces for name in names), unique, strict=True))
 
 
-def _size(decoded: Tensor | None, cold: Tensor | None, shape: tuple[int, int] | None) -> tuple[int, int]:
+def _size(*, shape: tuple[int, int] | None, **given: Tensor | None) -> tuple[int, int]:
     """Return B and S, of which all that was given must speak alike."""
-    masks = {name: mask for name, mask in (("decoded", decoded), ("cold", cold)) if mask is not None}
+    masks = {name: mask for name, mask in given.items() if mask is not None}
     for name, mask in masks.items():
         if mask.dim() != 2 or mask.dtype != torch.bool:
             raise ValueError(f"{name} is {_describe(mask)}, but must be bool[B, S]: a token of a sequence each")
     sizes = {tuple(mask.shape) for mask in masks.values()} | ({tuple(shape)} if shape is not None else set())
     if len(sizes) != 1:
-        raise ValueError(f"decoded, cold and shape must say one (B, S), but say {sorted(sizes)}")
+        raise ValueError(f"{', '.join(given)} and shape must say one (B, S), but say {sorted(sizes)}")
     (size,) = sizes
     return size[0], size[1]
 

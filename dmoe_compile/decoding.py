@@ -15,6 +15,7 @@ B: sequences; C: candidate rows a sequence; L: block length; V: vocabulary; P: p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -68,16 +69,18 @@ class Sampling:
         check_int("max_post_steps", self.max_post_steps, "forwards of a block without masks", least=0)
         if self.mask_token_id < 0:
             raise ValueError(f"mask_token_id={self.mask_token_id!r} must be a token id")
-        if not self.threshold > 0:
-            raise ValueError(f"threshold={self.threshold!r} must be above 0: a probability; 0.9 is usual")
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature!r} must be at least 0, which is greedy")
+        if not 0 < self.threshold < math.inf:
+            raise ValueError(f"threshold={self.threshold!r} must be above 0 and finite: a probability; 0.9 is usual")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature={self.temperature!r} must be at least 0, which is greedy, and finite")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k!r} must be at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r} must be in (0, 1], or None")
-        if self.editing_threshold is not None and not self.editing_threshold > 0:
-            raise ValueError(f"editing_threshold={self.editing_threshold!r} must be above 0, or None not to edit")
+        if self.editing_threshold is not None and not 0 < self.editing_threshold < math.inf:
+            raise ValueError(
+                f"editing_threshold={self.editing_threshold!r} must be above 0 and finite, or None not to edit"
+            )
 
 
 @dataclass(frozen=True)
@@ -220,7 +223,7 @@ class Decoder:
 
     def _plain(self, kind: str, number: int, step: int, start: int, end: int) -> None:
         """Run what is known through the model for its keys and values."""
-        self.context.plain()
+        self.context.plain(self._absent(start, end))
         ids = compact(self.ids[:, start:end])
         self._run(ids, self.cache, start)
         for layer in self.cache.layers:
@@ -287,6 +290,16 @@ class Decoder:
             )
         )
 
+    def _absent(self, start: int, end: int) -> Tensor | None:
+        """Return the tokens of no sequence, [B, S] bool: padding, and rows that are finished; None where none ever is.
+
+        Of one prompt there are none. A batch may have some in any block, and one graph serves them all.
+        """
+        if len(self.ids) == 1 or (end <= self.first and not self.padding.any()):
+            return None
+        columns = torch.arange(start, end, device=self.ids.device)
+        return (columns < self.padding.unsqueeze(-1)) | self.finished.unsqueeze(-1)
+
     def _tell(self, forward: Forward) -> None:
         if self.watch is not None:
             self.watch(replace(forward, unique_experts=self.context.counted()))
@@ -294,7 +307,7 @@ class Decoder:
     def _describe(self, decoded: Tensor | None, cold: Tensor | None, start: int, candidates: int) -> None:
         """Tell the context what the next forward denoises."""
         if self.team is None:
-            self.context.plain()
+            self.context.plain(self._absent(start, start + self.sampling.block_length))
             return
         shape = (len(self.ids), self.sampling.block_length)
         finished = self.finished if bool(self.finished.any()) else None

@@ -154,7 +154,8 @@ def generate(
             raise ValueError(
                 f"prompt {number} holds the mask token, {sampling.mask_token_id}, which decoding would fill in"
             )
-    _check_ids(model, prompts, sampling.mask_token_id)
+    ids = [row[:tokens] for row, tokens in zip(prompts, lengths, strict=True)]
+    _check_ids(model, torch.cat(ids), sampling.mask_token_id)
     team = config.selected.get("team") if config is not None else None
     with _writer(trace) as write:
         seen = _Seen(write)
@@ -230,17 +231,17 @@ class _Answers:
         return [self._end(*each) for each in zip(self.decoder.ids.cpu(), self.begins, self.limits, strict=True)]
 
     def _end(self, row: Tensor, begin: int, limit: int) -> int:
-        stops = torch.isin(row[begin:limit], torch.tensor(self.decoder.sampling.eos_token_ids, dtype=row.dtype))
+        stops = torch.isin(row[begin:limit], row.new_tensor(self.decoder.sampling.eos_token_ids))
         return begin + int(stops.nonzero()[0]) + 1 if stops.any() else limit
 
     def block(self, number: int) -> Tensor:
         """Return the new tokens of a finished block, [B, n] int64; n < L where no row has more."""
         start = self.decoder.first + number * self.length
-        columns = torch.arange(start, start + self.length)
-        begins, ends = torch.tensor(self.begins).unsqueeze(1), torch.tensor(self.ends()).unsqueeze(1)
+        ids = self.decoder.ids[:, start : start + self.length].cpu()
+        columns = torch.arange(start, start + self.length, device=ids.device)
+        begins, ends = (ids.new_tensor(each).unsqueeze(1) for each in (self.begins, self.ends()))
         new = (columns >= begins) & (columns < ends)
-        ids = self.decoder.ids[:, start : start + self.length].cpu().masked_fill(~new, self.pad)
-        return ids[:, new.any(0)]
+        return ids.masked_fill(~new, self.pad)[:, new.any(0)]
 
     def result(self) -> Generated:
         """Return prompts and answers without the padding between blocks, rows padded at their ends."""
@@ -332,12 +333,12 @@ def _prompts(input_ids: Tensor, mask: Tensor | None, pad: int) -> tuple[Tensor, 
 
 
 def _check_ids(model: Any, prompts: Tensor, mask_token_id: int) -> None:
-    """Raise ValueError for ids that the model has no embedding of."""
+    """Raise ValueError for ids, [any number], that the model has no embedding of."""
     embed = getattr(model, "get_input_embeddings", None)
     weight = getattr(embed() if embed is not None else None, "weight", None)
     if weight is None:
         return
-    for what, ids in (("input_ids", prompts), ("mask_token_id", torch.tensor([mask_token_id]))):
+    for what, ids in (("input_ids", prompts), ("mask_token_id", prompts.new_tensor([mask_token_id]))):
         wrong = ids[(ids < 0) | (ids >= len(weight))]
         if len(wrong):
             raise ValueError(f"{what} holds {int(wrong[0])}, but the model has tokens 0 to {len(weight) - 1}")

@@ -87,7 +87,7 @@ def run(
         decompositions: the table that the graph was made with; what is inlined must match.
         joint: the graph holds gradients too.
         verdicts: whether a coreset pays, for every site in its order; None where it is wanted at all of them.
-        step: the rows that TEAM denoises; None in a forward that it leaves alone.
+        step: the rows that a decoding context describes; None in a forward of which it says nothing.
         lowering: puts fused kernels in; None leaves experts and routing to Inductor, as in a joint graph.
         quiet: neither log nor count the decisions.
 
@@ -98,7 +98,7 @@ def run(
     sites, refusals = find_sites(graph, sources)
     tracer = Tracer(decompositions, share=not joint)
     findings = Findings(refusals=refusals, layouts=find_layouts(graph, sites, sources))
-    before = set(graph.nodes)
+    before = {node: (node.target, node.args) for node in graph.nodes}
     if lowering is not None:
         lowering.insist(refusals)
     banks = [lowering.bank(site) for site in sites] if lowering is not None else ["no kernel is asked for"] * len(sites)
@@ -112,12 +112,13 @@ def run(
             findings.outcomes = _drop_all(graph, findings.outcomes, passes["top_any"], tracer, joint)
     except Exception:
         if lowering is None:
-            _restore(graph, sites, before)
+            _restore(graph, before)
         raise
     fused: Sequence[Fused | None] = [None] * len(sites)
     if lowering is not None:
         fused = _fuse_all(graph, findings, banks, lowering, tracer, dropped="top_any" in passes)
-    if rows is not None and passes["team"].cache:
+    if step is not None and step.reuses and passes["team"].cache:
+        assert rows is not None
         routed = [outcome.site for outcome in findings.outcomes]
         findings.states = reuse(graph, routed, fused, findings.layouts, rows, tracer)
     if stats and not joint:
@@ -238,10 +239,10 @@ def _with_dropped(outcome: Outcome, result: Dropped | str) -> Outcome:
     return replace(outcome, reason=result)
 
 
-def _restore(graph: fx.Graph, sites: Sequence[Site], before: set[fx.Node]) -> None:
+def _restore(graph: fx.Graph, before: Mapping[fx.Node, tuple[Any, Any]]) -> None:
     """Undo what was done to a graph: half of its sites rewritten would be neither routing."""
-    for site in sites:
-        site.select.update_arg(0, site.scores)
+    for node, (target, args) in before.items():
+        node.target, node.args = target, args
     for node in reversed(list(graph.nodes)):
         if node not in before:
             graph.erase_node(node)

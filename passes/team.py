@@ -83,10 +83,16 @@ def reused(out: Tensor, stored: Tensor, rows: Tensor, roles: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Denoised:
-    """Which rows TEAM denoises: those of the graph's site number `site`, `candidates` of them for each sequence."""
+    """Which rows a decoding context describes: those of the graph's site number `site`.
+
+    Attributes:
+        candidates: rows for each sequence.
+        reuses: TEAM stores their expert outputs, and decoded tokens take them; else the context says only who is idle.
+    """
 
     site: int
     candidates: int
+    reuses: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class State:
 def add_step(graph: fx.Graph, layouts: Sequence[Layout], rows: Denoised) -> tuple[list[Layout], fx.Node]:
     """Append the inputs roles [R, S] int8 and rows [R] int64, the stored row that each goes on from, to a graph.
 
-    Returns the layouts, those of the denoised rows with the step in them, and the input `rows`.
+    Returns the layouts, those of the described rows with the step in them, and the input `rows`.
     """
     first = layouts[rows.site]
     roles = _input(graph, "dmoe_roles", (first.batch, first.seq), torch.int8, first)

@@ -36,9 +36,9 @@ def draw(seed: int, batch: int = B, seq: int = S) -> Tensor:
 
 def poison(context: Denoising) -> None:
     """Fill all that is stored with NaN: what still comes out right did not read it."""
-    for stored in context._stored.values():
+    for stored in context._store.now.values():
         stored.buffer.fill_(float("nan"))
-    for spare in context._spare.values():
+    for spare in context._store.spare.values():
         spare.fill_(float("nan"))
 
 

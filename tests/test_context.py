@@ -133,6 +133,66 @@ def test_other_shapes_are_plain() -> None:
         assert context.nbytes == 0
 
 
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_other_sequences_are_not_served(first: int, then: int) -> None:
+    """A batch that shrinks or grows between steps: which rows are which, nobody said."""
+    model = build()
+    call = compiled(model)
+    with dmoe_compile.denoising() as context:
+        context.step(shape=(first, S))
+        call(draw(0, batch=first))
+        poison(context)
+        context.step(ALL[:then])
+        expect(call(draw(1, batch=then)), model, draw(1, batch=then))
+
+
+VOTING = {"passes": ["dmoe"], "block_length": S, "dmoe.top_p": 0.3, "dmoe.min_experts": 2}
+
+
+@pytest.mark.parametrize("passes", [["dmoe"], ["team", "dmoe"]])
+def test_absent_tokens_do_not_vote(passes: list[str]) -> None:
+    """Plain forwards over sequences of which some are padding: the others' coreset is their own, shared or not."""
+    model, x = build(), draw(0)
+    absent = torch.tensor([[False] * S, [True] * S])
+    for scope in ("batch", "block"):
+        torch._dynamo.reset()
+        options = {**VOTING, "passes": passes, "scope": scope, "stats": True, **ATEN}
+        call = torch.compile(model, backend="dmoe", options=options, fullgraph=True)
+        with dmoe_compile.denoising() as context:
+            context.plain()
+            every = call(x)[0]
+            context.plain(absent)
+            ours = call(x)[0]
+            (used,) = context.counted().values()
+            with pytest.raises(RuntimeError, match="belongs after a forward that step"):
+                context.accept(torch.tensor([0, 0]))
+            context.plain()
+            alone = call(x[:1])[0]
+            (wanted,) = context.counted().values()
+            assert context.nbytes == 0
+        assert_close(ours, alone, **INDUCTOR)
+        assert used == wanted
+        assert torch.allclose(ours, every, **INDUCTOR) == (scope == "block")
+
+
+def test_what_is_absent_is_a_mask() -> None:
+    for wrong, message in ((SOME.int(), r"absent is int32\[2, 8\]"), (SOME[0], r"absent is bool\[8\], but must be")):
+        with pytest.raises(ValueError, match=message):
+            dmoe_compile.denoising().plain(wrong)
+
+
+def test_steps_are_plain_where_nothing_is_reused() -> None:
+    """A context around a model without TEAM: a step's masks say nothing to it, finished sequences do."""
+    model, x = build(), draw(0)
+    call = torch.compile(model, backend="dmoe", options={**VOTING, "scope": "batch", **ATEN}, fullgraph=True)
+    with dmoe_compile.denoising() as context:
+        context.step(ALL)
+        assert torch.equal(call(x), call(x))
+        assert context.nbytes == 0
+        context.step(ALL, finished=torch.tensor([False, True]))
+        assert_close(call(x)[0], call(x[:1])[0], **INDUCTOR)
+
+
 def test_graph_breaks_keep_the_state() -> None:
     """Each piece of a broken model serves its own sites, whose names in the pieces may be the same."""
     layers = build(0), build(1)
@@ -155,7 +215,19 @@ def test_graph_breaks_keep_the_state() -> None:
                 stored[i : i + 1] = [own]
                 wanted = wanted + own
             assert_close(call(x), wanted, **INDUCTOR)
-        assert len(context.stats) == 3
+        assert [len(step.unique_experts) for step in context.stats] == [2, 2, 2]
+
+
+def test_sites_of_one_name_are_told_apart() -> None:
+    """Layers that were compiled one by one, each by its own name in itself."""
+    layers = [torch.compile(build(i), backend="dmoe", options={"passes": ["team"], **ATEN}) for i in range(2)]
+    with dmoe_compile.denoising() as context:
+        context.step(shape=SIZE)
+        for layer in layers:
+            layer(draw(0))
+        (name, other), counts = context.counted(), list(context.counted().values())
+    assert other == f"{name}#2"
+    assert [list(step.unique_experts.values()) for step in context.stats] == [counts]
 
 
 def test_plain_forwards_count_too_with_stats() -> None:

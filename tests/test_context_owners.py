@@ -80,7 +80,7 @@ def test_nested_contexts() -> None:
             poison(outer)
             inner.step(SOME)
             expect(call(draw(11)), model, draw(11), draw(10))
-        for stored in outer._stored.values():
+        for stored in outer._store.now.values():
             stored.buffer.copy_(moe(model(draw(0)), draw(0)))
         outer.step(SOME)
         expect(call(draw(1)), model, draw(1), draw(0))
@@ -104,7 +104,7 @@ def test_weights_that_took_the_place_of_others() -> None:
     with dmoe_compile.denoising() as context:
         context.step(shape=SIZE)
         call(draw(0))
-        for stored in context._stored.values():
+        for stored in context._store.now.values():
             stored.experts = _reference_to_nothing()
         poison(context)
         context.step(ALL)

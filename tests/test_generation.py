@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, TextStreamer
 
 import dmoe_compile
-from dmoe_compile import Config, Generated
+from dmoe_compile import Config, Generated, generation
+from dmoe_compile.context import Denoising
+from dmoe_compile.stored import Stored
 from test_decoding import MASK, TEAM, case, load
 from tiny_moe import ATEN
 
@@ -104,6 +108,57 @@ def test_a_padded_batch_is_its_prompts_alone(model: PreTrainedModel, side: str) 
     assert torch.equal(first, ids)
     answers = torch.cat(streamed, 1)
     assert [[x for x in row.tolist() if x != 126] for row in answers] == [x.tolist() for x in out.answers]
+
+
+def test_padding_and_finished_rows_are_told(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards of a batch say which tokens are no sequence's, so that they do not vote; one prompt has none."""
+    told: list[Tensor | None] = []
+    plain = Denoising.plain
+    monkeypatch.setattr(Denoising, "plain", lambda self, absent=None: (told.append(absent), plain(self, absent))[1])
+    ids = torch.nn.utils.rnn.pad_sequence([prompt(5)[0], prompt(45)[0]], batch_first=True)
+    mask = torch.arange(45) < torch.tensor([[5], [45]])
+    free = generate(model, ids, attention_mask=mask, max_new_tokens=40, pad_token_id=-1)  # what no model reads
+    first, *blocks = told
+    assert first is not None
+    assert torch.equal(first, torch.tensor([[True] * 32, [False] * 32]))  # whole blocks of padding
+    assert all(absent is not None and absent.shape == (2, 32) for absent in blocks)
+    assert not any(absent.any() for absent in blocks[: free.forwards["denoise"] // 2])
+    told.clear()
+    stop = int(free.answers[0][3])
+    assert stop not in free.answers[1][:19]
+    generate(model, ids, attention_mask=mask, max_new_tokens=40, eos_token_id=stop)
+    last = told[-1]
+    assert last is not None
+    assert torch.equal(last, torch.tensor([[True] * 32, [False] * 32]))  # the first has come to its end
+    told.clear()
+    generate(model, prompt(45), max_new_tokens=32)
+    assert told
+    assert not any(each is not None for each in told)
+
+
+def elsewhere(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Call it where tensors are made on another device by default."""
+
+    def call(*args: Any) -> Any:
+        with torch.device("meta"):
+            return function(*args)
+
+    return call
+
+
+def test_another_default_device_is_not_asked(model: PreTrainedModel) -> None:
+    """Where answers end, and which rows go on, is found on the CPU."""
+    wanted = generate(model, prompt(20), max_new_tokens=40, eos_token_id=1, streamer=Blocks())
+    blocks = Blocks()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("block", "result"):
+            patch.setattr(generation._Answers, name, elsewhere(getattr(generation._Answers, name)))
+        out = generate(model, prompt(20), max_new_tokens=40, eos_token_id=1, streamer=blocks)
+    assert torch.equal(out.sequences, wanted.sequences)
+    assert len(blocks.got) > 1
+    weights, buffer, choice = torch.zeros(1), torch.zeros(4, 1, 1), torch.tensor([1, 0])
+    with torch.device("meta"):
+        assert Stored(weakref.ref(weights), buffer, candidates=2).sources(choice, 1).tolist() == [1, 2]
 
 
 def test_an_answer_ends_with_the_end_of_text(model: PreTrainedModel) -> None:

@@ -48,7 +48,7 @@ def test_every_mask_of_the_released_block(norm: bool) -> None:
         with torch.no_grad(), dmoe_compile.denoising() as context:
             context.step(shape=(1, 128))
             compiled(hidden)
-            for stored in context._stored.values():
+            for stored in context._store.now.values():
                 stored.buffer.copy_(CASE["past_hidden_states"])
             context.step(decoded, cold)
             out, logits = compiled(hidden)
