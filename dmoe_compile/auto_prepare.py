@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 _WANTED = {"compiler_fn", "locals", "globals", "code"}
 _MAX_DEPTH = 3  # functions around functions that are searched for a module
-_left_alone: WeakSet[nn.Module] = WeakSet()  # Dynamo compiles the parts of a broken model one by one: say it once
 
 
 class _Kept(list[Any]):
@@ -58,8 +57,9 @@ def _on_compile(_args: Any) -> None:
     if ours is not None and backend is ours.dmoe and (config := _asks_for_prepared(options)):
         from dmoe_compile.notices import notices_of  # which imports this module
 
+        notices = notices_of(options)
         for module in modules:
-            notices_of(options).loops(prepare_or_say(module, config, _left_alone))
+            notices.loops(prepare_or_say(module, config, notices.left))
     elif capture := sys.modules.get(f"{__package__}.capture"):  # else nothing was ever prepared
         for module in modules:
             capture.refresh(module)

@@ -8,6 +8,7 @@ With `--json -` standard output holds JSON lines alone; the table goes to standa
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -226,6 +227,8 @@ def evaluate(
         config = Config.from_options({"block_length": block_length, **backend_options(passes, option or [])})
         settings = evaluation.Settings(problems, seed, names(skills) or None, batch, threshold, max_new_tokens)
         other = None if against is None else evaluation.read(against)
+        if other is not None:
+            evaluation.check_paired(asdict(settings), other)
         loading.need_tokenizer(model, trust_remote_code)
         with progress_bar() as progress:
             run = evaluation.evaluate(model, config, settings, lines, progress, threads, trust_remote_code)

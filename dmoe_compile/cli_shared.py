@@ -60,13 +60,16 @@ def _literal(text: str) -> Any:
 
 @contextmanager
 def usage_errors(json: str | None) -> Iterator[None]:
-    """Turn a ValueError, which says what the caller did, into one line and exit code 2."""
+    """Turn a ValueError, which says what the caller did, or a file's OSError into one line and exit code 2."""
     try:
         if json not in (None, "-") and not (folder := Path(json).parent).is_dir():  # said now, not after minutes
             raise ValueError(f"--json {json}: there is no folder {folder}; make it first")
         yield
-    except ValueError as error:
-        typer.echo(f"dmoe: {str(error).strip().splitlines()[0]}", err=True)
+    except Exception as error:
+        inner = getattr(error, "inner_exception", error)  # of the backend, which Dynamo wraps
+        if not isinstance(inner, ValueError | OSError):
+            raise
+        typer.echo(f"dmoe: {str(inner).strip().splitlines()[0]}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -76,7 +79,11 @@ def progress_bar() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with quiet(), Progress(console=Console(stderr=True), transient=True, refresh_per_second=2) as progress:
+    console = Console(stderr=True)
+    with (
+        quiet(),
+        Progress(console=console, transient=True, refresh_per_second=2, disable=not console.is_terminal) as progress,
+    ):
         yield progress
 
 

@@ -82,8 +82,7 @@ def run(
     """
     if trace is not None and not trace.parent.is_dir():  # said now, not after minutes
         raise ValueError(f"--trace {trace}: there is no folder {trace.parent}; make it first")
-    if threads is not None:
-        torch.set_num_threads(threads)
+    bench.use_threads(threads)
     tokenizer = loading.load_tokenizer(source.model, source.trust_remote_code)
     prompts = source.tokens(tokenizer)  # before the model loads, which can take minutes
     model, _ = loading.load_model(source.model, source.trust_remote_code, source.seed)

@@ -16,10 +16,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dmoe_compile import evaluation
-from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table
+from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table, use_threads
 from dmoe_compile.config import Config, check_int
 from dmoe_compile.problems import Problem
 
@@ -100,15 +98,14 @@ class Result:
         yield f"tokens are stock Inductor's if the coreset is all experts: {'yes' if self.tokens_equal else 'NO'}"
         yield (
             f"dmoe: top_p={TOP_P}, min_experts={MIN_EXPERTS}, the tuned checkpoint. Measured but for the bytes, which "
-            "are experts counted in every forward x bytes of one. Compiling is not in the times, counting is."
+            "are experts counted in the denoising forwards x bytes of one. Compiling is not in the times, counting is."
         )
         yield describe(self.env)
 
 
 def run(settings: Settings, progress: Progress | None = None) -> Result:
     """Decode every problem in all ways, and return what was counted and timed."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     how = evaluation.Settings(settings.problems, settings.seed)
     coreset: dict[str, Any] = {"dmoe.top_p": TOP_P, "dmoe.min_experts": MIN_EXPERTS}
     ways: dict[str, tuple[str, dict[str, Any] | None]] = {

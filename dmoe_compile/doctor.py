@@ -116,7 +116,9 @@ def _triton() -> Finding:
         return Finding(
             "expert kernel, GPU", "note", "triton is not installed", "CUDA and ROCm builds of torch bring it"
         )
-    return Finding("expert kernel, GPU", "ok", f"triton {version('triton')}")
+    import triton  # whose distribution has other names for ROCm and on Windows
+
+    return Finding("expert kernel, GPU", "ok", f"triton {triton.__version__}")
 
 
 def _caches() -> Finding:

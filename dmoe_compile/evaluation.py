@@ -13,6 +13,7 @@ them has right and the other wrong.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import time
@@ -27,6 +28,7 @@ import torch
 from dmoe_compile import backend, bench, loading, problems
 from dmoe_compile.bench import Bar, Row, narrow_table
 from dmoe_compile.config import Config, check_int
+from dmoe_compile.context import distinct
 from dmoe_compile.generation import PLAIN, generate
 from dmoe_compile.problems import Problem
 from dmoe_compile.report import explain
@@ -82,7 +84,7 @@ class Summary:
         tokens: of all answers.
         forwards: of each kind.
         forwards_per_token: all forwards; tokens_per_forward: of the denoising ones alone.
-        expert_bytes_per_token: of expert weights that the forwards read, if each expert in use is read once.
+        expert_bytes_per_token: of expert weights that the denoising forwards read, if each expert in use is read once.
         seconds: of decoding, compiling left out.
     """
 
@@ -131,12 +133,12 @@ def evaluate(
         trust_remote_code: run model code that lies in the folder.
 
     Raises:
-        ValueError: for a folder without a tokenizer, or a file of another run.
+        ValueError: for a folder without a tokenizer, a file of another run, or one that can't be there.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
+    bench.use_threads(threads)
+    earlier = [] if file is None else _lines(file)  # what is wrong with it is said now, not after minutes
     decoder = Decoder(model, config, settings, trust_remote_code)
-    run = [decoder.header | bench.environment()] if file is None else _so_far(file, decoder.header)
+    run = [decoder.header | bench.environment()] if file is None else _so_far(file, earlier, decoder.header)
     groups = settings.groups()
     bar = Bar(progress, total=len(groups))
     for number, group in enumerate(groups):
@@ -165,10 +167,11 @@ class Decoder:
         loaded, _ = loading.load_model(model, trust_remote_code)
         length = Config().block_length if config is None else config.block_length
         report = explain(loaded, config=Config(), input_ids=torch.zeros(1, length, dtype=torch.int64))
+        names, sizes = distinct(site.name for site in report.sites), [site.expert_bytes for site in report.sites]
         header = {
             "kind": "run", "model": model, "options": None if config is None else config.to_options(),
             **asdict(settings), "num_experts": max((site.num_experts for site in report.sites), default=0),
-            "expert_bytes": {site.name: site.expert_bytes for site in report.sites},
+            "expert_bytes": dict(zip(names, sizes, strict=True)), "weights": _fingerprint(loaded),
         }  # fmt: skip
         self.header: Row = json.loads(json.dumps(header))  # as a file gives it back
         self._block_length = length
@@ -278,16 +281,24 @@ def compare(run: Run, other: Run) -> tuple[int, int, float]:
     """
     from scipy.stats import binomtest
 
-    for name in ("problems", "seed", "skills"):
-        if run[0][name] != other[0][name]:
-            raise ValueError(f"{name} is {run[0][name]} in one run and {other[0][name]} in the other: not paired")
+    for each in (run, other):
+        check_paired(run[0], each)
     first, second = ([right for line in each[1:] for right in line["right"]] for each in (run, other))
-    if len(first) != len(second):
-        raise ValueError(f"one run has {len(first)} problems and the other {len(second)}: finish both first")
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     differing = only_first + only_second
     return only_first, only_second, float(binomtest(only_first, differing).pvalue) if differing else 1.0
+
+
+def check_paired(header: Mapping[str, Any], other: Run) -> None:
+    """Raise ValueError unless a finished run is of the problems that a header or Settings' fields name."""
+    for name in ("problems", "seed", "skills"):
+        mine, theirs = (list(each) if isinstance(each, tuple) else each for each in (header[name], other[0][name]))
+        if mine != theirs:
+            raise ValueError(f"{name} is {mine} in one run and {theirs} in the other: not paired")
+    answered = sum(len(line["right"]) for line in other[1:])
+    if answered != other[0]["problems"]:
+        raise ValueError(f"one run has {answered} of its {other[0]['problems']} problems: finish it first")
 
 
 def table(runs: Sequence[Run]) -> Table:
@@ -330,19 +341,51 @@ def _recompiles() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def _so_far(file: Path, header: Row) -> Run:
-    """Return an earlier run of this header; begin the file where there is none."""
+def _lines(file: Path) -> Run:
+    """Return the whole lines of a file, none where there is no file.
+
+    Raises:
+        ValueError: for a file of anything else, or a folder that is not there.
+    """
+    if not file.parent.is_dir():
+        raise ValueError(f"--lines {file}: there is no folder {file.parent}; make it first")
+    if not file.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in _whole(file.read_text()).splitlines()]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} holds no lines of a run ({error}): name another file, or remove it") from error
+
+
+def _whole(text: str) -> str:
+    """Return a text without a last line that was cut off."""
+    return text[: text.rfind("\n") + 1]
+
+
+def _so_far(file: Path, run: Run, header: Row) -> Run:
+    """Return the earlier run of this header whose lines a file holds; begin the file where there is none."""
     if not file.is_file():
         run = [header | bench.environment()]
         file.write_text(json.dumps(run[0]) + "\n")
         return run
-    whole = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    run = [json.loads(line) for line in whole]
-    found = {name: run[0].get(name) for name in header} if run else None
+    found = {name: run[0].get(name) for name in header} if run and isinstance(run[0], dict) else None
     if found != header:
         raise ValueError(f"{file} holds another run ({found}), not {header}: name another file, or remove it")
-    file.write_text("".join(whole))  # without a last line that was cut off
+    text = file.read_text()
+    if (whole := _whole(text)) != text:
+        aside = file.with_name(f"{file.name}.part")
+        aside.write_text(whole)
+        aside.replace(file)
     return run
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    """Return what tells a model's weights from others of the same shapes: a hash of the beginning of each."""
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict().items():
+        first = weight.detach()[(slice(1),) * max(weight.dim() - 1, 0)].reshape(-1)[:64]
+        digest.update(name.encode() + first.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _share(right: Iterable[bool]) -> float:

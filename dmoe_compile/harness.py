@@ -63,6 +63,7 @@ class DmoeLM(LM):  # type: ignore[misc]  # lm_eval has no types
             options["passes"] = [name for name in passes.split("+") if name]
         self.config = Config.from_options(options)
         self.batch_size, self.max_new_tokens = int(batch_size), max_new_tokens
+        self._templated = False
         self.tokenizer = loading.need_tokenizer(pretrained, trust_remote_code)
         model, _ = loading.load_model(pretrained, trust_remote_code)
         here = device is None or (device.startswith("cuda") and not torch.cuda.is_available())
@@ -83,6 +84,7 @@ class DmoeLM(LM):  # type: ignore[misc]  # lm_eval has no types
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
         assert isinstance(text, str)
+        self._templated = True
         return text
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -125,7 +127,8 @@ class DmoeLM(LM):  # type: ignore[misc]  # lm_eval has no types
     def _answered(self, prompts: Sequence[str], how: Mapping[str, Any]) -> list[str]:
         until = how.get("until") or []
         stops = [until] if isinstance(until, str) else list(until)
-        ids = [torch.tensor(self.tokenizer(text)["input_ids"]) for text in prompts]
+        special = not self._templated  # which a template writes out
+        ids = [torch.tensor(self.tokenizer(text, add_special_tokens=special)["input_ids"]) for text in prompts]
         lengths = torch.tensor([len(each) for each in ids]).unsqueeze(1)
         padded: Tensor = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
         mask = torch.arange(padded.shape[1]) < lengths

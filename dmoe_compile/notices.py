@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import fx
@@ -33,6 +34,7 @@ class Notices:
     of: object = None  # the options of the torch.compile(), held so that no other dict takes their id
     in_pieces: bool = False  # broken graphs have come by
     in_loops: bool = False  # experts in Python loops were warned about, which is where graphs break
+    left: WeakSet[torch.nn.Module] = field(default_factory=WeakSet)  # experts in loops, of parts compiled one by one
     said: set[str] = field(default_factory=set)
 
     def take(self, gm: fx.GraphModule, findings: Findings, config: Config) -> None:

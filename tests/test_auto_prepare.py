@@ -17,6 +17,7 @@ import dmoe_compile
 import forms
 from dmoe_compile import Config, auto_prepare, prepare
 
+pytestmark = pytest.mark.usefixtures("aten")
 ALL = {"passes": ["dmoe"], "block_length": 8, "dmoe.min_experts": 12}
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -98,12 +99,12 @@ def test_other_callbacks_are_kept_and_cleared_as_before() -> None:
 @torch.no_grad()
 def test_not_without_a_pass(x: Tensor) -> None:
     """Without a pass the model compiles as Inductor would compile it, bit for bit."""
+    model = Model()
+    stock = torch.compile(model)(x)
     for options in ({}, {"passes": []}, {"experts": False}):
-        model = Model()
-        own = model(x)
-        assert_close(torch.compile(model, backend="dmoe", options=options)(x), own, rtol=1e-5, atol=1e-6)
-        assert not hasattr(model.block, "_dmoe_kind")
         torch._dynamo.reset()
+        assert torch.equal(torch.compile(model, backend="dmoe", options=options)(x), stock)
+        assert not hasattr(model.block, "_dmoe_kind")
 
 
 @torch.no_grad()
@@ -122,6 +123,21 @@ def test_off_names_prepare(x: Tensor, caplog: pytest.LogCaptureFixture) -> None:
     assert_close(got, own, **CLOSE)
     assert not hasattr(model.block, "_dmoe_kind")
     assert "dmoe_compile.prepare(model)" in caplog.text
+
+
+@torch.no_grad()
+def test_what_was_left_alone_is_prepared_when_it_may_be(x: Tensor) -> None:
+    """By another torch.compile(), after a hook is gone or with other options."""
+    model = Model()
+    hook = model.block.experts[0].register_forward_hook(lambda _module, _args, out: out)
+    torch.compile(model, backend="dmoe", options=ALL)(x)
+    assert not hasattr(model.block, "_dmoe_kind")
+    hook.remove()
+    torch.compile(model, backend="dmoe", options={**ALL, "auto_prepare": False})(x)
+    assert not hasattr(model.block, "_dmoe_kind")
+    torch._dynamo.reset()
+    torch.compile(model, backend="dmoe", options=dict(ALL))(x)
+    assert hasattr(model.block, "_dmoe_kind")
 
 
 @torch.no_grad()

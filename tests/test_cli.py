@@ -88,6 +88,14 @@ USAGE_ERRORS = {
     "no problems": (["eval", "qwen3_moe", "--problems", "0"], ["problems=0", "at least 1"]),
     "no such skill": (["pareto", "qwen3_moe", "out", "--skills", "poetry"], ["'poetry'", "arithmetic, sorting"]),
     "no such run": (["eval", "qwen3_moe", "--against", "no/run.jsonl"], ["no/run.jsonl", "--lines"]),
+    "no folder for lines": (["eval", "demo", "--lines", "no/such/run.jsonl"], ["no/such", "make it first"]),
+    "no lines": (["eval", "demo", "--lines", "README.md"], ["README.md holds no lines of a run", "name another file"]),
+    "no threads to decode": (["generate", "demo", "--prompt", "a", "--threads", "0"], ["threads=0", "at least 1"]),
+    "no threads to evaluate": (["eval", "demo", "--threads", "0"], ["threads=0", "at least 1"]),
+    "what can't be had": (
+        ["generate", "phimoe", "--prompt-ids", "1,2", "--mask-token-id", "3", "--option", "experts=true"],
+        ["experts=True, but", "can't have the fused kernel"],
+    ),
     "no layers": (["bench", "overhead", "--layers", "0"], ["layers is 0", "at least 1"]),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from dmoe_compile.kernels import experts_cpu
 from typer.testing import CliRunner
 
-from dmoe_compile import cli, doctor
+from dmoe_compile import bench, cli, doctor
 
 
 def found(name: str) -> doctor.Finding:
@@ -41,6 +42,20 @@ def test_a_missing_compiler_is_said_and_fails(monkeypatch: pytest.MonkeyPatch) -
     assert result.exit_code == 1
     assert "finds none; install one" in " ".join(result.output.split())
     assert "dmoe: missing: C++ compiler" in result.output
+
+
+def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "transformers":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return importlib.metadata.version(name)
+
+    monkeypatch.setattr(doctor, "version", version)
+    monkeypatch.setattr(bench, "version", version)
+    finding = found("transformers")
+    assert (finding.verdict, finding.way_out) == ("missing", "pip install transformers")
+    assert found("CPU").verdict == "ok"
+    assert all(row["transformers"] is None for row in doctor.rows([finding]))
 
 
 def test_what_an_extra_lacks_is_said_with_the_way_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
-from dmoe_compile import Config, decoding, evaluation, pareto
+from dmoe_compile import Config, cli, decoding, evaluation, pareto
 from dmoe_compile.evaluation import Run, Settings, compare, evaluate, summary
 from tiny_moe import ATEN
 
@@ -65,11 +68,32 @@ def test_another_runs_file_is_left_alone(run: tuple[Run, Path], untrained: str) 
     assert file.read_text() == before
 
 
-def test_a_batch_decodes_the_same_answers(run: tuple[Run, Path], untrained: str) -> None:
+def test_a_run_of_other_weights_is_another(run: tuple[Run, Path], untrained: str, tmp_path: Path) -> None:
+    """The same folder, trained in between."""
+    lines, _ = run
+    folder = tmp_path / "tuned"
+    shutil.copytree(untrained, folder)
+    again = tmp_path / "run.jsonl"
+    header = {**lines[0], "model": str(folder)}
+    again.write_text("".join(json.dumps(line) + "\n" for line in [header, *lines[1:]]))
+    again.chmod(0o444)  # what is complete is only read
+    assert evaluate(str(folder), Config(passes=("dmoe",)), SMALL, again)[1:] == lines[1:]
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="holds another run"):
+        evaluate(str(folder), Config(passes=("dmoe",)), SMALL, again)
+
+
+def test_a_batch_decodes_the_same_problems(run: tuple[Run, Path], untrained: str) -> None:
+    """Answers of untrained weights may differ in a batch: near ties, and sums in another order."""
     lines, _ = run
     together = evaluate(untrained, Config(passes=("dmoe",)), Settings(**{**vars(SMALL), "batch": 5}))
     assert len(together) == 2
     assert together[1]["skills"] == [line["skills"][0] for line in lines[1:]]
+    assert len({tuple(answer) for answer in together[1]["answers"]}) > 1
+    same = [a == b["answers"][0] for a, b in zip(together[1]["answers"], lines[1:], strict=True)]
+    assert sum(same) >= 3, same
     assert summary(together).problems == 5
 
 
@@ -123,8 +147,16 @@ def test_pairs_are_compared_exactly() -> None:
     assert compare(first, first) == (0, 0, 1.0)
     with pytest.raises(ValueError, match="seed is 0 in one run and 1 in the other: not paired"):
         compare(first, lines([True] * 10, seed=1))
-    with pytest.raises(ValueError, match="one run has 10 problems and the other 9: finish both first"):
+    with pytest.raises(ValueError, match="one run has 9 of its 10 problems: finish it first"):
         compare(first, lines([True] * 9, problems=10))
+
+
+def test_runs_that_are_not_paired_are_said_before_anything_is_decoded(tmp_path: Path) -> None:
+    file = tmp_path / "run.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines([True] * 10)))
+    result = CliRunner().invoke(cli.app, ["eval", "no-such-model", "--problems", "9", "--against", str(file)])
+    assert result.exit_code == 2
+    assert "problems is 9 in one run and 10 in the other: not paired" in result.stderr
 
 
 def test_what_is_no_run_is_said(tmp_path: Path) -> None:
@@ -165,7 +197,7 @@ def test_a_sweep_is_drawn_and_goes_on(untrained: str, tmp_path: Path, monkeypatc
     assert len(pareto.table(runs).rows) == 3
     png, svg = pareto.draw(runs, tmp_path / "pareto")
     assert png.read_bytes().startswith(b"\x89PNG")
-    assert "unique experts" in svg.read_text() or "<path" in svg.read_text()
+    assert "<svg" in svg.read_text()
     before = {file: file.read_text() for file in tmp_path.glob("*.jsonl")}
     assert len(before) == 3
     pareto.sweep(untrained, Settings(problems=2, max_new_tokens=32, threshold=0.004), tmp_path)

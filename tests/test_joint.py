@@ -2,10 +2,11 @@
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
-from dmoe_compile.passes import pipeline
+from dmoe_compile.passes import dmoe, pipeline, policies
 from torch.testing import assert_close
 
 from dmoe_compile import Config, joint
@@ -63,9 +64,19 @@ def test_uuid_says_all_that_the_joint_graph_depends_on(monkeypatch):
         uuid(path="L['y']"),
         uuid(path="L['self']._parameters['x']"),
     ]
-    monkeypatch.setattr(joint, "_source_hash", lambda _: "other sources")
+    monkeypatch.setattr(joint, "_source_hash", lambda: "other sources")
     others.append(uuid())
     assert len({one, *others}) == 1 + len(others)
+
+
+def test_a_policy_of_another_package_is_never_served_from_a_cache(monkeypatch):
+    """What its rule depends on, other modules or its own state, nobody knows."""
+    rule = SimpleNamespace(Options=dmoe.Options, coreset=dmoe.coreset)
+    monkeypatch.setattr(policies, "_registered", {**policies._registered, "mine": rule})
+    graph = torch.fx.Graph()
+    graph.output(())
+    made = JointPass(Config.from_options({"passes": ["mine"]}), torch.fx.GraphModule({}, graph), Notices())
+    assert made.uuid() != made.uuid()
 
 
 def test_source_hash_follows_a_changed_rule(monkeypatch, tmp_path):

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def environment() -> Row:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "transformers": version("transformers"),
+        "transformers": _version("transformers"),
         "python": platform.python_version(),
     }
 
@@ -133,6 +133,29 @@ class Bar:
     def advance(self) -> None:
         if self.progress and self.task is not None:
             self.progress.advance(self.task)
+
+
+def use_threads(threads: int | None) -> None:
+    """Let torch use so many CPU threads from now on; None leaves it its own choice.
+
+    Raises:
+        ValueError: for less than one.
+    """
+    import torch
+
+    from dmoe_compile.config import check_int
+
+    if threads is not None:
+        check_int("threads", threads, "CPU threads")
+        torch.set_num_threads(threads)
+
+
+def _version(package: str) -> str | None:
+    """Return the release of a package that is installed, None where it is not, which `dmoe doctor` reports."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu_name() -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table
+from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table, use_threads
 from dmoe_compile.bench.decoded import Costs, Trial, decode, resident_peak
 from dmoe_compile.bench.ways import BASELINE, GOALS, STRATEGIES, WAYS, Way
 from dmoe_compile.config import check_int
@@ -170,8 +170,7 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
 
     from dmoe_compile.bench.stacks import STACKS
 
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     shapes = [RECORDED] if settings.recorded else list(settings.shapes or STACKS)
     bar = Bar(progress, total=len(shapes) * (len(settings.ways) + 1) * (settings.repeats + 1))
     rows = []

@@ -23,7 +23,7 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_turn
+from dmoe_compile.bench import Bar, Row, describe, environment, in_turn, use_threads
 
 if TYPE_CHECKING:
     import torch
@@ -69,8 +69,7 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
     """Return a row for each shape and way, and one for the routing by itself."""
     import torch
 
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     env = asdict(settings) | environment()  # in this order: threads=None becomes the number that ran
     bar = Bar(progress, total=len(settings.shapes) * (len(WAYS) + 2))
     with torch.no_grad():

@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_fresh_process
+from dmoe_compile.bench import Bar, Row, describe, environment, in_fresh_process, use_threads
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -179,8 +179,7 @@ def _child(job: Row) -> Row:
     """Do one job of run() in this process."""
     import torch
 
-    if job["threads"]:
-        torch.set_num_threads(job["threads"])
+    use_threads(job["threads"])
     model, ids = build(job["layers"])
     with torch.no_grad():
         if job["kind"] == "first call":

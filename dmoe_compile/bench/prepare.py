@@ -27,7 +27,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_fresh_process
+from dmoe_compile.bench import Bar, Row, describe, environment, in_fresh_process, use_threads
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -120,8 +120,7 @@ def _child(job: Row) -> Row:
     import dmoe_compile
     from dmoe_compile.bench.overhead import outside_us
 
-    if job["threads"]:
-        torch.set_num_threads(job["threads"])
+    use_threads(job["threads"])
     model = build(job["model"], job["layers"])
     x = torch.randn(1, _TOKENS, _HIDDEN)
     prepare_s = 0.0

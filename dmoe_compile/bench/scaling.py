@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_turn, narrow_table
+from dmoe_compile.bench import Bar, Row, describe, environment, in_turn, narrow_table, use_threads
 from dmoe_compile.bench.layer import SHAPES, TINY, TOKENS
 from dmoe_compile.config import check_int
 
@@ -105,8 +105,7 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
 
     from dmoe_compile.machine import bandwidth, peak
 
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    use_threads(settings.threads)
     widths = SHAPES.get(settings.shape, TINY)
     points = [
         (sweep, point)
