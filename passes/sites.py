@@ -289,7 +289,10 @@ class _Finder:
 def _is_reordered(sel: Selection, reach: Reach, weights: fx.Node) -> bool:
     """Say whether weights [T, k] may lie in another order than the ids of the selection: taken from others [T, k]."""
     return any(
-        packet(node) in GATHERS and node.all_input_nodes[0] in reach.routing and is_float(node)
+        packet(node) in GATHERS
+        and (source := node.all_input_nodes[0]) in reach.routing
+        and is_float(node)
+        and same((shape(source) or (0,))[-1], sel.top_k)
         for node in between(sel.node, weights)
     )
 

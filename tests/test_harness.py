@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lm_eval.api.instance import Instance
@@ -68,6 +69,22 @@ def test_answers_come_in_the_order_of_requests_whatever_the_batches(untrained: s
     assert len(set(answers)) > 1
     assert together.generate_until(requests, disable_tqdm=True) == answers
     assert alone.generate_until(requests[::-1], disable_tqdm=True) == answers[::-1]
+
+
+def test_a_chat_template_writes_its_special_tokens_itself(untrained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm, seen = DmoeLM(untrained, threshold=0.004, experts=False), []
+    encode = type(lm.tokenizer).__call__
+
+    def watch(self: Any, text: str, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("add_special_tokens", True))
+        return encode(self, text, **kwargs)
+
+    monkeypatch.setattr(type(lm.tokenizer), "__call__", watch)
+    lm.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    lm.generate_until([request("1 + 1", 0)], disable_tqdm=True)
+    text = lm.apply_chat_template([{"role": "user", "content": "1 + 1"}])
+    lm.generate_until([request(text, 0)], disable_tqdm=True)
+    assert seen == [True, False]
 
 
 def test_an_answer_ends_before_the_first_stop() -> None:
