@@ -5,9 +5,12 @@ T = B*S: tokens; E, k: experts, experts per token; H: model width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from dmoe_compile.passes import dmoe
 from torch import Tensor
 
 import dmoe_compile
@@ -92,6 +95,35 @@ def test_padding_weighs_what_its_scores_say(gate: type[Gate], top_k: int) -> Non
     assert rewriting.outcomes[0].rewritten
     assert torch.equal(out["weights"], own_weights(block, out))
     assert out["ids"][1, : 2 * L].unique().numel() == top_k  # it is pointed at experts that are read anyway
+
+
+def test_a_rule_that_fails_at_the_second_layer_leaves_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With gradients the graph is Inductor's own: what was changed in it is changed back."""
+    layers = torch.nn.ModuleList(block_of(GreedyGroups, (4, 1)) for _ in range(2))
+    with torch.no_grad():
+        layers[1].gate.weight.copy_(layers[0].gate.weight)
+    rule, calls = dmoe.coreset, []
+
+    def fails_later(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise RuntimeError("not this one")
+        return rule(*args, **kwargs)
+
+    monkeypatch.setattr(dmoe, "coreset", fails_later)
+
+    def model(x: Tensor) -> tuple[Tensor, Tensor]:
+        first = layers[0](x)
+        second = layers[1](x + first["routed"])
+        return first["weights"], second["weights"], second["routed"]
+
+    hidden = torch.randn(2, 3 * L, H)
+    with torch.enable_grad():
+        ours = torch.compile(model, backend="dmoe", options={**TIGHT, **ATEN}, fullgraph=True)(hidden)
+        torch._dynamo.reset()
+        stock = torch.compile(model, options=ATEN, fullgraph=True)(hidden)
+    assert all(map(torch.equal, ours, stock))
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("passes", ["des", "cover", "dmoe"])
