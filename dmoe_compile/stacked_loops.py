@@ -5,16 +5,18 @@ T = B*S tokens, H = hidden, I = expert width, E = experts, k = experts a token
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensorMode, fake_tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from dmoe_compile.blocks import ROLES
@@ -47,7 +49,7 @@ def calls(module: nn.Module) -> list[Call]:
     found = []
     for call in itertools.starmap(Call, itertools.product(_ORDERS, _widths(module))):
         args = inputs(module, call)[0]
-        with at_rest(module), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with at_rest(module), _unlogged(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             try:
                 module.forward(*map(mode.from_tensor, args))
             except (DynamicOutputShapeException, DataDependentOutputException):
@@ -57,6 +59,17 @@ def calls(module: nn.Module) -> list[Call]:
             else:
                 return []
     return found
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Keep torch from logging that a fake operation failed, which here is an answer."""
+    log = logging.getLogger(fake_tensor.__name__)
+    was, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was
 
 
 def inputs(module: nn.Module, call: Call) -> list[tuple[Tensor, ...]]:

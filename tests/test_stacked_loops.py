@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ import zoo
 from dmoe_compile import prepare
 from dmoe_compile.blocks import ROLES
 from dmoe_compile.stacked_loops import Call, calls, inputs, weight_names
+from reference_model import Experts
 
 E, H, WIDTH = 6, 16, 8
 
@@ -89,6 +91,13 @@ def test_a_clamp_is_seen() -> None:
 def test_modules_that_trace_as_they_are_are_left_alone() -> None:
     model = zoo.build("qwen3_moe", num_layers=1)  # with transformers' grouped_mm
     assert prepare(model).blocks == ()
+
+
+def test_trying_a_module_out_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """torch logs an error, with a traceback, for every fake operation that does not fit."""
+    assert calls(Experts(E, H, WIDTH)) == []
+    assert not caplog.records
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
 
 
 def test_transformers_own_loops_are_found() -> None:
