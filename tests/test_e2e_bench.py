@@ -88,7 +88,11 @@ def test_rows_and_what_is_printed() -> None:
 
 
 @pytest.mark.usefixtures("small")
-@pytest.mark.parametrize("shape", TINY)
+@pytest.mark.parametrize(
+    "shape",
+    ["LLaDA2.0-mini", "DiffusionGemma-26B-A4B"]
+    + [pytest.param(each, marks=pytest.mark.nightly) for each in ("SDAR-30B-A3B", "LLaDA-MoE-7B-A1B")],
+)
 def test_every_stack_decodes(shape: str) -> None:
     ways = ("eager", "des vote")
     settings = figure.Settings((shape,), ways, layers=1, blocks=1, prompt=64, repeats=1, dtype="float32")
