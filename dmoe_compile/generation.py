@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dmoe_compile import backend, loading
 from dmoe_compile.config import Config, check_int
-from dmoe_compile.decoding import Decoder, Forward, Sampling
+from dmoe_compile.decoding import Decoder, Forward
+from dmoe_compile.sampling import Sampling
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -10,7 +10,7 @@ left out of grouped matmuls (passes/skip.py).
 N is what hot tokens choose (passes/limit.py).
 Left alone: joint graphs, and forwards and sites whose rows are not those that the context denoises.
 
-Source: TEAM, arXiv 2602.08404: delayed caching and limited activation. The third, exploration: decoding.py.
+Source: TEAM, arXiv 2602.08404: delayed caching and limited activation. The third, exploration: candidates.py.
 """
 
 from __future__ import annotations

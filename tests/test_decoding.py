@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeForCausalLM
 
 from dmoe_compile.candidates import _distance, filled_in, verify
-from dmoe_compile.decoding import Decoder, Forward, Sampling
+from dmoe_compile.decoding import Decoder, Forward
+from dmoe_compile.sampling import Sampling
 from tiny_moe import ATEN
 
 REFERENCE = Path(__file__).parent / "reference"

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from dmoe_compile import prepare
 from dmoe_compile.bench.published import BailingGate
-from dmoe_compile.decoding import Forward, Sampling
+from dmoe_compile.decoding import Forward
+from dmoe_compile.sampling import Sampling
 from llada2 import LLaDA2
 from test_decoding import MASK, L, case, decode
 from tiny_moe import ATEN

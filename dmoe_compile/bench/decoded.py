@@ -62,7 +62,8 @@ def decode(
 ) -> Trial:
     """Decode `blocks` blocks behind a prompt [1, S]; the first may begin with the prompt's tail."""
     from dmoe_compile.bench.stacks import THRESHOLD
-    from dmoe_compile.decoding import Decoder, Sampling
+    from dmoe_compile.decoding import Decoder
+    from dmoe_compile.sampling import Sampling
 
     forwards: list[Forward] = []
     kept = 0
