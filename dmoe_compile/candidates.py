@@ -1,5 +1,7 @@
 """TEAM's candidates: which tokens are hopeless, what is guessed, and which candidate of a block goes on.
 
+Source: TEAM, arXiv 2602.08404.
+
 B: sequences; C: candidates of each; L: block length; n: tokens that are guessed
 """
 
@@ -28,13 +30,25 @@ def cold_tokens(masked: Tensor, known: Tensor, confidence: Tensor, team: Options
 
 
 def most_confident(masked: Tensor, confidence: Tensor, team: Options) -> Tensor:
-    """Return the positions of the most confident masked tokens, best first, [B, team.candidates]."""
+    """Return the positions of the most confident masked tokens, best first, [B, n] int64, n at most team.candidates.
+
+    Args:
+        masked: [B, L] bool, tokens that are not known yet.
+        confidence: [B, L], probability of each token's prediction in the last step.
+        team: `candidates`.
+    """
     sure = torch.where(masked, confidence.float(), -torch.inf)
     return sure.topk(min(team.candidates, sure.shape[1]), dim=1).indices
 
 
 def filled_in(ids: Tensor, places: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-    """Return the candidates of each block, [B, C, L]: as it is, with the first token, the second, both."""
+    """Return the candidates of each block, [B, C, L]: as it is, with the first token, the second, both.
+
+    Args:
+        ids: [B, L] int64, the block.
+        places, tokens: [B, n] int64, what is filled in where.
+        masked: [B, L] bool; other places stay.
+    """
     rows = [ids]
     for i in range(places.shape[1]):
         at = places[:, i : i + 1]

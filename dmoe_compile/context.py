@@ -245,6 +245,10 @@ class Denoising:
 
         Args:
             choice: [B] int64, in [0, C) of the last step.
+
+        Raises:
+            RuntimeError: where the last forward was none that step() described.
+            ValueError: for a choice of another shape or out of range.
         """
         if self._step is None or not self._step.denoises:
             raise RuntimeError("accept() belongs after a forward that step() described; there was none")

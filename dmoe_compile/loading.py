@@ -110,7 +110,11 @@ def load_demo_model(tuned: bool = False) -> tuple[PreTrainedModel, PreTrainedTok
 
 
 def load_model(source: str, trust_remote_code: bool = False, seed: int = 0) -> tuple[PreTrainedModel, str]:
-    """Return the model alone, see load(), and what a reader should know about it."""
+    """Return the model alone, see load(), and what a reader should know about it.
+
+    Raises:
+        ValueError: as load() does.
+    """
     folder = folder_of(source)
     if folder.is_dir():
         return _checkpoint(folder, trust_remote_code), f"weights of {source}"
@@ -118,7 +122,11 @@ def load_model(source: str, trust_remote_code: bool = False, seed: int = 0) -> t
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer of a local checkpoint folder, None where there is none."""
+    """Return the tokenizer of a local checkpoint folder, None where there is none.
+
+    Raises:
+        ValueError: where it does not load.
+    """
     from transformers import AutoTokenizer
 
     folder = folder_of(source)

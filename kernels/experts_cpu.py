@@ -202,7 +202,13 @@ def reference(given: Operands) -> Tensor:
 
 
 def activated(gate: Tensor, up: Tensor | None, activation: str, alpha: float, limit: float) -> Tensor:
-    """Return what an expert makes of its gate and up projections, or of the only one."""
+    """Return what an expert makes of its gate and up projections, [..., I] each, or of the only one.
+
+    Args:
+        gate, up: of one shape and dtype; `up` is None where there is one projection.
+        activation: "silu", "gelu", "gelu_tanh", "relu", "relu2" (its square) or "swigluoai".
+        alpha, limit: of "swigluoai": slope of its sigmoid, and where both are clamped.
+    """
     if activation == "swigluoai":
         assert up is not None
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)

@@ -12,7 +12,14 @@ from torch import Tensor
 
 
 def launch(stored: Tensor, new: Tensor) -> None:
-    """Copy `new` to `stored`, which is alike in shape, dtype and device."""
+    """Copy `new` to `stored`, both [R, S, H] of one dtype and device.
+
+    Raises:
+        ValueError: where they are not alike: a copy would broadcast or round in silence.
+    """
+    if (stored.shape, stored.dtype, stored.device) != (new.shape, new.dtype, new.device):
+        kinds = " and ".join(f"{x.dtype} {list(x.shape)} on {x.device}" for x in (stored, new))
+        raise ValueError(f"store: what is stored and what is new must be alike; got {kinds}")
     stored.copy_(new)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from dmoe_compile.kernels.store import launch, reference
 from torch import Tensor
@@ -33,3 +34,9 @@ def test_inductor_writes_the_callers_tensor_after_it_was_read() -> None:
     assert stored.tolist() == [4] * 4
     assert compiled(stored, x).tolist() == [5] * 4
     assert stored.tolist() == [10] * 4
+
+
+@pytest.mark.parametrize("new", [torch.ones(3), torch.ones(2, 3, dtype=torch.bfloat16)], ids=["broadcast", "rounded"])
+def test_what_is_not_alike_is_refused(new: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"must be alike; got torch.float32 \[2, 3\] on cpu and"):
+        launch(torch.zeros(2, 3), new)
