@@ -1,7 +1,4 @@
-"""Operands of dmoe::experts_cpu, its instruction sets on this machine, and how close it is to its reference.
-
-T, H, I: tokens, hidden size, expert width; E, k: experts, experts a token
-"""
+"""dmoe::experts_cpu on the instruction sets of this machine, and how close it is to its reference."""
 
 from __future__ import annotations
 
@@ -13,13 +10,14 @@ from typing import Any, get_args
 
 import torch
 from dmoe_compile.kernels import experts_cpu as module
-from dmoe_compile.kernels.experts_cpu import Activation, Isa, Layout, Operands, best_isa, built, reference
+from dmoe_compile.kernels.experts_cpu import Isa, Operands, best_isa, built, reference
 from torch import Tensor
 
-LAYOUTS, ACTIVATIONS, ISAS = get_args(Layout), get_args(Activation), get_args(Isa)
+from expert_operands import DTYPES
+
+ISAS = get_args(Isa)
 X86 = platform.machine() in ("x86_64", "AMD64")
 HERE = ISAS[ISAS.index(best_isa()) :] if X86 else ["portable"]  # one that has a set has those behind it
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # mid and the result are rounded once each, by at most half this share of themselves; what is summed is smaller than the
 # largest output. fp32 has no such rounding: there it is the sums' order, over up to 200 terms, and erf's 1.5e-7.
@@ -40,58 +38,6 @@ def on(isa: str) -> Callable[..., Tensor]:
         return module.run(built(args["hidden"].dtype, isa), Operands(**args), dtype)
 
     return run
-
-
-def operands(
-    ids: Tensor,
-    E: int,
-    *,
-    H: int = 72,  # whole steps of every instruction set, and a rest
-    I: int = 40,  # noqa: E741
-    dtype: torch.dtype = torch.float32,
-    layout: str = "concatenated",
-    transposed: bool = False,
-    down_transposed: bool = False,
-    activation: str = "silu",
-    biases: bool = False,
-) -> dict[str, Any]:
-    """Return launch()'s arguments for these ids. Whatever no pair needs is NaN: tokens, weights, experts."""
-    unrouted = (ids < 0) | (ids >= E)
-    used = set(ids[~unrouted].tolist())
-    unused = [e for e in range(E) if e not in used]
-
-    def bank(rows: int, *columns: int, swapped: bool = False) -> Tensor:
-        drawn = torch.randn(E, rows, *columns) / (columns[0] ** 0.5 if columns else 1)
-        drawn[unused] = torch.nan
-        return (drawn.mT.contiguous() if swapped else drawn).to(dtype)
-
-    rows = 2 * I if layout in ("concatenated", "interleaved") else I
-    separate = layout == "separate"
-    return dict(
-        hidden=torch.randn(len(ids), H).masked_fill(unrouted.all(1, keepdim=True), torch.nan).to(dtype),
-        ids=ids,
-        weights=torch.rand(ids.shape).masked_fill(unrouted, torch.nan),
-        gate_up=bank(rows, H, swapped=transposed),
-        up=bank(I, H, swapped=transposed) if separate else None,
-        down=bank(H, I, swapped=down_transposed),
-        gate_up_bias=bank(rows) if biases else None,
-        up_bias=bank(I) if biases and separate else None,
-        down_bias=bank(H) if biases else None,
-        layout=layout,
-        transposed=transposed,
-        down_transposed=down_transposed,
-        activation=activation,
-        alpha=1.702,
-        limit=1.5,  # some of the values of these tests are beyond it
-    )
-
-
-def routing(T: int, E: int, k: int) -> Tensor:
-    """Return ids, [T, k], of the first two thirds of the experts; some pairs, and every fifth token, are unrouted."""
-    ids = torch.rand(T, E)[:, : max(k, 2 * E // 3)].argsort(-1)[:, :k]
-    ids = torch.where(torch.rand(T, k) < 0.1, E, ids)
-    ids[4::5] = torch.tensor([-1, E, 10**10] * k)[:k]
-    return ids
 
 
 def check(isa: str, args: dict[str, Any]) -> Tensor:

@@ -1,6 +1,6 @@
 """dmoe::experts_cpu against its reference, on every instruction set of this machine.
 
-T, H, I: tokens, hidden size, expert width; E, k: experts, experts a token
+T, H, F: tokens, hidden size, expert width; E, k: experts, experts a token
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from dmoe_compile.kernels.experts_cpu import Operands, launch, reference
 from hypothesis import given
 from torch import Tensor
 
-from cpu_operands import ACTIVATIONS, DTYPES, HERE, LAYOUTS, ROUNDING, build_two_at_a_time, check, on, operands, routing
+from cpu_operands import HERE, ROUNDING, build_two_at_a_time, check, on
+from expert_operands import ACTIVATIONS, DTYPES, forms, operands, routing
 from pairwise import covering
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
@@ -28,21 +29,6 @@ def _built() -> None:
     build_two_at_a_time()
 
 
-FORMS = dict(
-    layout=LAYOUTS,
-    activation=ACTIVATIONS,
-    dtype=DTYPES,
-    transposed=[False, True],
-    down_transposed=[False, True],
-    biases=[False, True],
-)
-
-
-def forms() -> list[dict[str, Any]]:
-    every = [dict(zip(FORMS, values, strict=True)) for values in itertools.product(*FORMS.values())]
-    return [form for form in every if (form["layout"], form["activation"]) != ("plain", "swigluoai")]
-
-
 @pytest.mark.parametrize("isa", HERE)
 def test_every_two_options_together(isa: str) -> None:
     for form in covering(forms()):
@@ -51,13 +37,13 @@ def test_every_two_options_together(isa: str) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("isa", HERE)
-@pytest.mark.parametrize(("T", "H", "I"), [(21, 72, 40), (64, 200, 72)])
-def test_all_options_together(isa: str, T: int, H: int, I: int) -> None:  # noqa: E741
+@pytest.mark.parametrize(("T", "H", "F"), [(21, 72, 40), (64, 200, 72)])
+def test_all_options_together(isa: str, T: int, H: int, F: int) -> None:
     for form in forms():
-        check(isa, operands(routing(T, 6, 3), 6, H=H, I=I, **form))
+        check(isa, operands(routing(T, 6, 3), 6, H=H, F=F, **form))
 
 
-SIZES = {  # T, E, k, H, I
+SIZES = {  # T, E, k, H, F
     "one token": (1, 4, 2, 72, 40),
     "one expert": (20, 1, 1, 72, 40),
     "all experts": (7, 3, 3, 64, 64),
@@ -72,10 +58,10 @@ SIZES = {  # T, E, k, H, I
 
 
 @pytest.mark.parametrize("isa", HERE)
-@pytest.mark.parametrize(("T", "E", "k", "H", "I"), SIZES.values(), ids=SIZES)
-def test_sizes(isa: str, T: int, E: int, k: int, H: int, I: int) -> None:  # noqa: E741
+@pytest.mark.parametrize(("T", "E", "k", "H", "F"), SIZES.values(), ids=SIZES)
+def test_sizes(isa: str, T: int, E: int, k: int, H: int, F: int) -> None:
     for dtype, columns in itertools.product(DTYPES, (False, True)):
-        sizes = dict(H=H, I=I, dtype=dtype, transposed=columns, down_transposed=columns)
+        sizes = dict(H=H, F=F, dtype=dtype, transposed=columns, down_transposed=columns)
         check(isa, operands(routing(T, E, k), E, biases=True, **sizes))
 
 
@@ -84,7 +70,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     T, E = draw(st.integers(1, 40)), draw(st.integers(1, 9))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     # The largest of many outputs, to which check() refers, is not one whose terms cancel; fewer are in SIZES.
-    form = draw(st.sampled_from(forms())) | dict(H=draw(st.integers(16, 140)), I=draw(st.integers(1, 90)))
+    form = draw(st.sampled_from(forms())) | dict(H=draw(st.integers(16, 140)), F=draw(st.integers(1, 90)))
     return operands(routing(T, E, draw(st.integers(1, E))), E, **form)
 
 
@@ -155,7 +141,7 @@ def test_activations_at_every_magnitude(isa: str, activation: str) -> None:
     form = dict(layout="plain", activation=activation)
     if activation == "swigluoai":
         form |= dict(layout="separate", up=one)
-    args = operands(torch.zeros(len(x), 1).long(), 1, H=1, I=1, layout=form["layout"]) | form
+    args = operands(torch.zeros(len(x), 1).long(), 1, H=1, F=1, layout=form["layout"]) | form
     args |= dict(hidden=x, weights=torch.ones(len(x), 1), gate_up=one, down=one)
     out = on(isa)(**args).squeeze()
     wide = x.double().squeeze()
@@ -173,7 +159,7 @@ def test_every_16_bit_value_survives(isa: str, dtype: torch.dtype) -> None:
     """Through an identity: read, widened, rounded twice, written. vdpbf16ps takes subnormal values for zero."""
     x = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype).reshape(-1, 1)
     one = torch.ones(1, 1, 1, dtype=dtype)
-    args = operands(torch.zeros(len(x), 1).long(), 1, H=1, I=1, layout="separate", activation="relu", dtype=dtype)
+    args = operands(torch.zeros(len(x), 1).long(), 1, H=1, F=1, layout="separate", activation="relu", dtype=dtype)
     # relu(bias of 1) * x
     args |= dict(hidden=x, weights=torch.ones(len(x), 1), gate_up=one * 0, up=one, down=one, gate_up_bias=one[0])
     out, expected = on(isa)(**args), torch.where(x.isfinite(), x, torch.nan)  # 0 * infinity
@@ -189,7 +175,7 @@ def test_rounding_is_torchs(isa: str, dtype: torch.dtype) -> None:
     x = torch.cat([torch.randn(4000) * scale for scale in (1e-7, 1e-5, 1, 6e4)])
     x = torch.cat([x, torch.arange(1, 4000, 2) / 2048 + 1, torch.tensor([65519.0, 65520, 65536, 1e30, 2**-25, 2**-24])])
     one = torch.ones(1, 1, 1, dtype=dtype)
-    args = operands(torch.zeros(len(x), 1).long(), 1, H=1, I=1, layout="plain", activation="relu", dtype=dtype)
+    args = operands(torch.zeros(len(x), 1).long(), 1, H=1, F=1, layout="plain", activation="relu", dtype=dtype)
     args |= dict(hidden=torch.ones(len(x), 1, dtype=dtype), weights=x.unsqueeze(1), gate_up=one, down=one)
     assert torch.equal(on(isa)(**args).squeeze(1), x.to(dtype))
 
@@ -198,9 +184,9 @@ def test_rounding_is_torchs(isa: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_what_goes_down_is_rounded_to_nearest(isa: str, dtype: torch.dtype) -> None:
     """Products of two 16-bit values, through an identity to fp32: of more than one vector of outputs, and a rest."""
-    T, I = 64, 40  # noqa: E741
-    x, one = torch.rand(T, I).add(1).to(dtype), torch.eye(I, dtype=dtype).unsqueeze(0)
-    args = operands(torch.zeros(T, 1).long(), 1, H=I, I=I, layout="separate", activation="relu", dtype=dtype)
+    T, F = 64, 40
+    x, one = torch.rand(T, F).add(1).to(dtype), torch.eye(F, dtype=dtype).unsqueeze(0)
+    args = operands(torch.zeros(T, 1).long(), 1, H=F, F=F, layout="separate", activation="relu", dtype=dtype)
     args |= dict(hidden=x, weights=torch.ones(T, 1), gate_up=one, up=one, down=one, out_dtype=torch.float32)
     assert torch.equal(on(isa)(**args), (x.float() * x.float()).to(dtype).float())
 
@@ -229,9 +215,9 @@ def test_error_is_no_more_than_that_of_grouped_mm(isa: str, dtype: torch.dtype) 
     The portable path of x86 has no fused multiply-add: in fp32 every product is rounded too, as often as a sum is.
     """
     more = 2**0.5 if isa == "portable" and dtype == torch.float32 else 1.05
-    for T, E, k, H, I in ((32, 8, 4, 256, 128), (64, 4, 2, 512, 64), (8, 16, 8, 128, 192)):  # noqa: E741
+    for T, E, k, H, F in ((32, 8, 4, 256, 128), (64, 4, 2, 512, 64), (8, 16, 8, 128, 192)):
         ids = torch.rand(T, E).argsort(-1)[:, :k]
-        args = operands(ids, E, H=H, I=I, dtype=dtype)
+        args = operands(ids, E, H=H, F=F, dtype=dtype)
         args = {
             name: x.nan_to_num() if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in args.items()
         }

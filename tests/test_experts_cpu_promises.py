@@ -1,6 +1,6 @@
 """What dmoe::experts_cpu promises beside its result: memory, bits, processes, instructions, failures.
 
-T, H, I: tokens, hidden size, expert width; E, k: experts, experts a token
+T, H, F: tokens, hidden size, expert width; E, k: experts, experts a token
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from dmoe_compile.kernels.experts_cpu import Isa, Operands, available, launch, r
 from torch import Tensor
 from torch._inductor import config
 
-from cpu_operands import DTYPES, HERE, X86, build_two_at_a_time, on, operands, routing
+from cpu_operands import HERE, X86, build_two_at_a_time, on
+from expert_operands import DTYPES, operands, routing
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -40,7 +41,7 @@ def _built() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_behind_the_weights_is_read(isa: str, dtype: torch.dtype) -> None:
     """They end where a page begins that nobody may read; rows are no multiple of a tile, nor their length of a step."""
-    args = operands(torch.zeros(7, 1).long(), 1, H=73, I=41, layout="separate", dtype=dtype)
+    args = operands(torch.zeros(7, 1).long(), 1, H=73, F=41, layout="separate", dtype=dtype)
     expected = on(isa)(**args)
     with ExitStack() as stack:
         guarded = {name: stack.enter_context(at_the_end_of_memory(args[name])) for name in ("gate_up", "up", "down")}
@@ -72,9 +73,9 @@ def threads():
 
 # Bits: a large routed batch, of widths at which rows are cut into slices (of 8 KiB) and copied, and not.
 PROMISES = {
-    "rows": dict(H=4200, I=136),
-    "columns": dict(H=560, I=136, transposed=True, down_transposed=True),
-    "mixed": dict(H=72, I=40, layout="interleaved", down_transposed=True, biases=True),
+    "rows": dict(H=4200, F=136),
+    "columns": dict(H=560, F=136, transposed=True, down_transposed=True),
+    "mixed": dict(H=72, F=40, layout="interleaved", down_transposed=True, biases=True),
 }
 
 
@@ -104,7 +105,7 @@ def test_bits_are_the_same_whatever_else_is_there(isa: str, dtype: torch.dtype, 
 def test_more_tokens_than_scratch_memory_holds() -> None:
     """64 MiB hold some 1200 tokens of this width; the others wait for their turn."""
     T = 3000
-    args = operands(torch.arange(T).unsqueeze(1) % 2, 2, H=8, I=12000)
+    args = operands(torch.arange(T).unsqueeze(1) % 2, 2, H=8, F=12000)
     whole = launch(**args)
     for some in (slice(0, 3), slice(1000, 1500), slice(T - 1, T)):
         part = {name: args[name][some] for name in ("hidden", "ids", "weights")}
@@ -112,7 +113,7 @@ def test_more_tokens_than_scratch_memory_holds() -> None:
 
 
 def test_several_python_threads_at_once() -> None:
-    every = [operands(routing(20 + 7 * i, 6, 3), 6, H=200, I=72, dtype=DTYPES[i % 3]) for i in range(6)]
+    every = [operands(routing(20 + 7 * i, 6, 3), 6, H=200, F=72, dtype=DTYPES[i % 3]) for i in range(6)]
     expected = [launch(**args) for args in every]
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda i: launch(**every[i % 6]), range(60)))
@@ -231,11 +232,11 @@ def test_without_memory_there_is_an_error(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_kernel_says_so_when_it_gets_no_memory() -> None:
     code = """
 import resource, torch
-from cpu_operands import operands, routing
+from expert_operands import operands, routing
 from dmoe_compile.kernels.experts_cpu import launch
 torch.set_num_threads(1)
 launch(**operands(routing(2, 6, 3), 6))
-args = operands(torch.zeros(1200, 1).long(), 1, H=8, I=12000)
+args = operands(torch.zeros(1200, 1).long(), 1, H=8, F=12000)
 pages = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (pages + 2**23, pages + 2**23))
 try:

@@ -5,9 +5,8 @@ T, H, F: tokens, hidden size, expert width; E, k: experts, experts a token
 
 from __future__ import annotations
 
-import itertools
 import random
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -23,14 +22,13 @@ from torch._subclasses.functional_tensor import dispatch_functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from cpu_operands import routing
+import expert_operands
 from dmoe_compile.testing.fake_gpu import fake_gpu
 from dmoe_compile.testing.interpreter import interpreted
+from expert_operands import ACTIVATIONS, DTYPES, LAYOUTS, forms, routing
 from pairwise import covering
 
 Args = dict[str, Any]
-LAYOUTS, ACTIVATIONS = get_args(experts_cpu.Layout), get_args(experts_cpu.Activation)
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 # The kernel rounds each mid once, by at most this share of itself, up or down; their sum then moves by less than that
 # share of the largest output. fp32 has no such rounding: there it is the sums' other order, over some 100 terms.
@@ -39,53 +37,13 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-19}
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
 
-def operands(
-    ids: Tensor,
-    E: int,
-    *,
-    H: int = 72,  # a whole tile of 64 and one of 8
-    F: int = 40,  # less than one
-    dtype: torch.dtype = torch.float32,
-    layout: str = "concatenated",
-    transposed: bool = False,
-    down_transposed: bool = False,
-    activation: str = "silu",
-    biases: bool = False,
-    listed: bool = True,
-) -> Args:
-    """Return launch()'s arguments for these ids. Whatever no pair needs is NaN: tokens, weights, experts."""
-    unrouted = (ids < 0) | (ids >= E)
-    used = sorted(set(ids[~unrouted].tolist()))
-    unused = [e for e in range(E) if e not in used]
-
-    def bank(rows: int, *columns: int, swapped: bool = False) -> Tensor:
-        drawn = torch.randn(E, rows, *columns) / (columns[0] ** 0.5 if columns else 1)
-        drawn[unused] = torch.nan
-        return (drawn.mT.contiguous() if swapped else drawn).to(dtype)
-
-    rows = 2 * F if layout in ("concatenated", "interleaved") else F
-    separate = layout == "separate"
+def operands(ids: Tensor, E: int, *, listed: bool = True, **form: Any) -> Args:
+    """Return launch()'s arguments, see expert_operands.py, with a list of the experts in use or without."""
+    used = sorted(set(ids[(ids >= 0) & (ids < E)].tolist()))
     active = torch.full((1, E), 2**31 - 1, dtype=torch.int32)  # behind the list may be anything
     active[0, : len(used)] = torch.tensor(random.Random(0).sample(used, len(used)), dtype=torch.int32)
-    return dict(
-        hidden=torch.randn(len(ids), H).masked_fill(unrouted.all(1, keepdim=True), torch.nan).to(dtype),
-        ids=ids,
-        weights=torch.rand(ids.shape).masked_fill(unrouted, torch.nan),
-        gate_up=bank(rows, H, swapped=transposed),
-        up=bank(F, H, swapped=transposed) if separate else None,
-        down=bank(H, F, swapped=down_transposed),
-        gate_up_bias=bank(rows) if biases else None,
-        up_bias=bank(F) if biases and separate else None,
-        down_bias=bank(H) if biases else None,
-        active=active if listed else None,
-        counts=torch.tensor([len(used)], dtype=torch.int32) if listed else None,
-        layout=layout,
-        transposed=transposed,
-        down_transposed=down_transposed,
-        activation=activation,
-        alpha=1.702,
-        limit=1.5,  # some of the values of these tests are beyond it
-    )
+    listing = {"active": active, "counts": torch.tensor([len(used)], dtype=torch.int32)}
+    return expert_operands.operands(ids, E, **form) | (listing if listed else dict.fromkeys(listing))
 
 
 def truth_of(args: Args) -> Tensor:
@@ -103,28 +61,12 @@ def check(args: Args, seed: int | None = None) -> Tensor:
     return partials
 
 
-FORMS = dict(
-    layout=LAYOUTS,
-    activation=ACTIVATIONS,
-    dtype=DTYPES,
-    transposed=[False, True],
-    down_transposed=[False, True],
-    biases=[False, True],
-    listed=[True, False],
-)
-
-
-def forms() -> list[dict[str, Any]]:
-    every = [dict(zip(FORMS, values, strict=True)) for values in itertools.product(*FORMS.values())]
-    return [form for form in every if (form["layout"], form["activation"]) != ("plain", "swigluoai")]
-
-
 def name(form: dict[str, Any]) -> str:
     flags = [option for option, value in form.items() if value is True]
     return "-".join([form["layout"], form["activation"], str(form["dtype"]).removeprefix("torch."), *flags])
 
 
-@pytest.mark.parametrize("form", covering(forms()), ids=name)
+@pytest.mark.parametrize("form", covering(forms(listed=[True, False])), ids=name)
 def test_every_two_options_together(form: dict[str, Any]) -> None:
     check(operands(routing(21, 6, 3), 6, **form))
 
@@ -135,7 +77,7 @@ def test_every_two_options_together(form: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_all_options_together(layout: str, activation: str, dtype: torch.dtype) -> None:
     own = dict(layout=layout, activation=activation, dtype=dtype)
-    for form in forms():
+    for form in forms(listed=[True, False]):
         if form == form | own:
             check(operands(routing(21, 6, 3), 6, **form))
 
@@ -241,7 +183,7 @@ def test_as_an_operator(T: int, listed: bool) -> None:
     args["hidden"], args["weights"] = args["hidden"].nan_to_num(), args["weights"].nan_to_num()
     before = {name: x.clone() for name, x in args.items() if isinstance(x, Tensor)}
     with interpreted():
-        torch.library.opcheck(experts, tuple(args.values()), test_utils=["test_schema", "test_faketensor"])
+        torch.library.opcheck(experts, (), args, test_utils=["test_schema", "test_faketensor"])
     after = {name: args[name] for name in before}
     torch.testing.assert_close(after, before, rtol=0, atol=0, equal_nan=True)
 
