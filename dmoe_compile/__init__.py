@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 _here = Path(__file__).parent
-if not (_here / "kernels").is_dir():  # a checkout: passes/ and kernels/ lie beside this package
+# In a checkout passes/ and kernels/ lie beside this package. So does the package itself: once is enough for those who
+# walk its modules, as torch does for TORCH_LOGS=dmoe_compile.
+if not (_here / "kernels").is_dir() and "." not in __name__:
     __path__.append(str(_here.parent))
 
 if TYPE_CHECKING:

@@ -106,3 +106,15 @@ class LLaDA2(nn.Module):
     ) -> CausalLMOutputWithPast:
         cache = past_key_values if use_cache else None
         return CausalLMOutputWithPast(logits=self.lm_head(self.model(input_ids, attention_mask, position_ids, cache)))
+
+
+def tiny(**changes: Any) -> LLaDA2:
+    """Return one layer of 16 experts, 4 a token from 2 of 4 groups, in eval mode, with random weights."""
+    config = dict(
+        vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1,
+        first_k_dense_replace=0, num_attention_heads=2, num_key_value_heads=1, head_dim=16, use_qkv_bias=False,
+        use_bias=False, rms_norm_eps=1e-6, partial_rotary_factor=0.5, rope_theta=1e4, num_experts=16,
+        num_experts_per_tok=4, num_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+    )  # fmt: skip
+    return LLaDA2(**{**config, **changes}).eval()

@@ -24,6 +24,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import dmoe_compile
 import zoo
 from dmoe_compile import Config, backend
+from llada2 import tiny
 from moe_forms import H, Sampled
 from reference_model import Rewriting
 from tiny_moe import ATEN
@@ -140,16 +141,7 @@ def test_insisting_where_there_is_no_layer_is_a_warning(caplog: pytest.LogCaptur
 
 @pytest.mark.parametrize("way", ["torch.compile", "dmoe_compile.compile"])
 def test_insisting_makes_loops_traceable(way: str) -> None:
-    from llada2 import LLaDA2
-
-    config = dict(
-        vocab_size=32, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=1,
-        first_k_dense_replace=0, num_attention_heads=2, num_key_value_heads=1, head_dim=16, use_qkv_bias=False,
-        use_bias=False, rms_norm_eps=1e-6, partial_rotary_factor=0.5, rope_theta=1e4, num_experts=8,
-        num_experts_per_tok=2, num_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
-        norm_topk_prob=True,
-    )  # fmt: skip
-    block = LLaDA2(**config).eval().model.layers[0].mlp
+    block = tiny().model.layers[0].mlp
     x = torch.randn(1, S, 32)
     with torch.no_grad():
         own = block(x)[0]

@@ -1,6 +1,7 @@
 import ast
 import importlib.util
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -145,6 +146,12 @@ def test_constraints_are_exact_sorted_and_say_a_thing_once():
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", pin) for pin in PINS)
     assert sorted(set(PINS)) == PINS
     assert len({pin.partition("==")[0] for pin in PINS}) == len(PINS)
+
+
+def test_whoever_walks_the_modules_comes_to_an_end():
+    names = [each.name for each in pkgutil.walk_packages(dmoe_compile.__path__, "dmoe_compile.")]
+    assert "dmoe_compile.backend" in names
+    assert len(names) < 1000
 
 
 def test_constraints_pin_whatever_the_project_installs_and_no_more():

@@ -19,7 +19,7 @@ import zoo
 from dmoe_compile import prepare
 from dmoe_compile.testing.fake_gpu import fake_gpu
 from dmoe_compile.testing.generated import Generated, generated
-from llada2 import LLaDA2
+from llada2 import tiny
 from tiny_moe import ATEN
 
 S = 16
@@ -54,13 +54,7 @@ def llada2(rows: int = 1) -> tuple[nn.Module, dict[str, Any]]:
     """Experts in a Python loop, a sigmoid gate with bias and groups, a shared expert, a dense first layer: prepared."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        model = LLaDA2(
-            vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-            first_k_dense_replace=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16, use_qkv_bias=False,
-            use_bias=False, rms_norm_eps=1e-6, partial_rotary_factor=0.5, rope_theta=1e4, num_experts=16,
-            num_experts_per_tok=4, num_shared_experts=1, n_group=4, topk_group=2, routed_scaling_factor=2.5,
-            norm_topk_prob=True,
-        ).eval()  # fmt: skip
+        model = tiny(num_hidden_layers=2, first_k_dense_replace=1)
         for layer in model.model.layers[1:]:
             nn.init.normal_(layer.mlp.gate.weight, std=0.4)
     prepare(model)
