@@ -170,7 +170,7 @@ def test_two_thousand_steps_take_no_more_memory_and_few_graphs(model: PreTrained
             )
         forwards = [line for line in seen if line["kind"] == "forward"]
         steps += len(forwards)
-        first = 0 if prompt.shape[1] < 32 else -1  # the block that has no cache
+        first = 0 if prompt.shape[1] < OPTIONS["block_length"] else -1  # the block that has no cache
         shapes |= {(batch, line["forward"] == "speculate", line["block"] > first) for line in forwards}
         kinds.append(len(shapes))  # numbers of rows, with and without a cache: what there are graphs for
         used.append(resident())
