@@ -54,10 +54,8 @@ def _reuse_kernel(
     kept = tl.load(stored_ptr + (source * seq + position) * H + columns, mask=inside & decoded)
     at = token.to(tl.int64) * H + columns
     total = tl.load(partials_ptr + at, mask=inside & ~decoded, other=0)
-    partial = at
-    for _ in tl.static_range(1, P):
-        partial += tokens * H  # int64 as `at` is; `tokens` of 1 is a constant to Triton
-        total += tl.load(partials_ptr + partial, mask=inside & ~decoded, other=0)
+    for p in tl.static_range(1, P):  # a count of 1 is a constant to Triton, and has no .to()
+        total += tl.load(partials_ptr + p * tl.cast(tokens, tl.int64) * H + at, mask=inside & ~decoded, other=0)
     out = tl.where(decoded, kept, total.to(kept.dtype))
 
     tl.debug_barrier()  # what one warp stores, another may have yet to read for its own candidate

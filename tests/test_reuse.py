@@ -236,6 +236,14 @@ def test_compiles_for_every_gpu(partials: int, candidates: int, width: int, dtyp
     check_budget(f"reuse P={partials} C={candidates} H={width} {dtype}", kernel)
 
 
+def test_one_token_compiles() -> None:
+    """A count of 1 is a constant to Triton."""
+    pointers = dict(partials_ptr="*fp32", stored_ptr="*bf16", rows_ptr="*i64", roles_ptr="*i8", out_ptr="*bf16")
+    lanes, block = _tile(1)
+    constants = dict(seq=1, tokens=1, P=4, H=2048, CANDIDATES=1, LANES=lanes, BLOCK=block)
+    assert compile(_reuse_kernel, pointers, constants, "sm_90", num_warps=4).stats.spills == 0
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_reads_all_before_it_writes_any(target: str) -> None:
     kernel = compiled(target, 8, 4, 2048, "bf16")
