@@ -32,7 +32,8 @@ from torch import Tensor
 from dmoe_compile.passes.limit import COLD, DECODED, HOT, IDLE
 from dmoe_compile.stored import Store, Stored
 
-_current: contextvars.ContextVar[Denoising | None] = contextvars.ContextVar("dmoe_denoising", default=None)
+innermost: contextvars.ContextVar[Denoising | None] = contextvars.ContextVar("dmoe_denoising", default=None)
+"""The context that was entered last, which may be left by now: current() knows."""
 T = TypeVar("T")
 _MAX_RECORDS = 65_536  # steps whose counts are kept
 
@@ -44,7 +45,7 @@ def current(*, strict: bool = True) -> Denoising | None:
         RuntimeError: where the innermost context was entered by another thread or task, whose state it holds; None is
             returned instead if not `strict`.
     """
-    context = _entered(_current.get())
+    context = _entered(innermost.get())
     if context is not None and context._owner != _here():
         if not strict:
             return None
@@ -151,15 +152,15 @@ class Denoising:
         self._enter()
 
     def _enter(self) -> None:
-        self._outer, self._owner, self._is_entered = _entered(_current.get()), _here(), True
-        _current.set(self)
+        self._outer, self._owner, self._is_entered = _entered(innermost.get()), _here(), True
+        innermost.set(self)
 
     def detach(self) -> None:
         """Undo attach()."""
         assert self._is_entered
         self._is_entered, self._outer = False, _entered(self._outer)
-        if _current.get() is self:
-            _current.set(self._outer)
+        if innermost.get() is self:
+            innermost.set(self._outer)
 
     def close(self) -> None:
         """Free what is stored."""
@@ -195,7 +196,7 @@ class Denoising:
             RuntimeError: where the last step had several candidates and accept() has not said which goes on, or another
                 context was entered since.
         """
-        if self._is_entered and _entered(_current.get()) is not self:
+        if self._is_entered and _entered(innermost.get()) is not self:
             raise RuntimeError(
                 "another decoding context was entered after this one, and would take the next forward; leave it first, "
                 "or let decodings take turns with context.run(model, ...), which enters nothing"

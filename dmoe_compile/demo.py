@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile import evaluation
-from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table, use_threads
+from dmoe_compile.bench import Bar, Row, check_threads, describe, environment, narrow_table, use_threads
 from dmoe_compile.config import Config, check_int
 from dmoe_compile.problems import Problem
 
@@ -40,8 +40,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_int("problems", self.problems, "how many are decoded")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, but must be at least 1")
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)

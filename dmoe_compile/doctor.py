@@ -7,11 +7,10 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dmoe_compile.bench import Row, environment, narrow_table, require_compiler
+from dmoe_compile.bench import Row, environment, narrow_table, release, require_compiler
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,10 +61,8 @@ def table(findings: list[Finding]) -> Table:
 
 def _versions() -> Iterator[Finding]:
     for name in ("dmoe-compile", "torch", "transformers", "diffusers"):
-        try:
-            yield Finding(name, "ok", version(name))
-        except PackageNotFoundError:
-            yield Finding(name, "missing", "not installed", f"pip install {name}")
+        found = release(name)
+        yield Finding(name, "ok", found) if found else Finding(name, "missing", "not installed", f"pip install {name}")
     yield Finding("Python", "ok", f"{sys.version.split()[0]}, {sys.executable}")
 
 
@@ -139,4 +136,4 @@ def _extras() -> Iterator[Finding]:
             way_out = f"for {use}: pip install 'dmoe-compile[{extra}]'"
             yield Finding(f"extra {extra}", "note", f"without {', '.join(gone)}", way_out)
         else:
-            yield Finding(f"extra {extra}", "ok", ", ".join(f"{name} {version(name)}" for name in names))
+            yield Finding(f"extra {extra}", "ok", ", ".join(f"{name} {release(name)}" for name in names))

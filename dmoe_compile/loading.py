@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dmoe_compile.config import check_int
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,9 +84,8 @@ def load(source: str, batch: int = 1, tokens: int = 64, trust_remote_code: bool 
     Raises:
         ValueError: where neither is found, or the model cannot be made from it.
     """
-    for name, value in (("batch", batch), ("tokens", tokens)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
+    check_int("batch", batch, "sequences of the forward")
+    check_int("tokens", tokens, "random tokens of a sequence")
     model, note = load_model(source, trust_remote_code, seed)
     length = getattr(model.config, "canvas_length", None)
     inputs = _inputs(model, batch, tokens, length, torch.Generator().manual_seed(seed))

@@ -48,8 +48,8 @@ class Sampling:
             raise ValueError(f"threshold={self.threshold!r} must be above 0 and finite: a probability; 0.9 is usual")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature!r} must be at least 0, which is greedy, and finite")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k!r} must be at least 1, or None")
+        if self.top_k is not None:
+            check_int("top_k", self.top_k, "tokens that a sample is drawn from; None draws from all")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r} must be in (0, 1], or None")
         if self.editing_threshold is not None and not 0 < self.editing_threshold < math.inf:

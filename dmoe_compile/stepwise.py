@@ -81,9 +81,10 @@ class Stepwise:
             self._step(wanted)
 
     def __call__(self, *args: Any) -> Any:
-        wanted = self._wanted(args) if self._sizes else None
-        if wanted is not None:
-            return self._step(wanted)(*args)
+        if contexts.innermost.get() is not None and self._sizes:  # asked first: most models never see a context
+            wanted = self._wanted(args)
+            if wanted is not None:
+                return self._step(wanted)(*args)
         return (self._plain or self._lowered_plain())(*args)
 
     @property

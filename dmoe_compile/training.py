@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from dmoe_compile import problems
+from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -60,14 +61,12 @@ _CHUNK = 250  # steps whose problems and noise come from one seed; training is s
 
 def check_schedule(steps: int, tokens: int, learning_rate: float, warm_up: int) -> None:
     """Raise ValueError for what can't be trained with; `tokens` is of a step, in sequences of one or two blocks."""
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, but must be at least 1")
+    check_int("steps", steps, "optimizer steps")
     if tokens < 1 or tokens % (2 * BLOCK_LENGTH):
         raise ValueError(f"tokens is {tokens}, but must be a multiple of two blocks, {2 * BLOCK_LENGTH}")
     if not learning_rate > 0:
         raise ValueError(f"learning_rate is {learning_rate}, but must be above 0")
-    if warm_up < 1:
-        raise ValueError(f"warm_up is {warm_up}, but must be at least 1")
+    check_int("warm_up", warm_up, "steps in which the learning rate rises")
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ def test_distance_to_the_nearest_known_token() -> None:
         ({"temperature": -1}, "temperature=-1 must be at least 0"),
         ({"temperature": float("inf")}, "temperature=inf must be at least 0"),
         ({"editing_threshold": float("inf")}, "editing_threshold=inf must be above 0"),
-        ({"top_k": 0}, "top_k=0 must be at least 1"),
+        ({"top_k": 0}, "top_k=0 must be an integer of at least 1"),
         ({"top_p": 1.5}, r"top_p=1.5 must be in \(0, 1\]"),
         ({"mask_token_id": -1}, "mask_token_id=-1 must be a token id"),
     ],

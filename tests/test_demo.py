@@ -64,5 +64,5 @@ def check_rows(result: demo.Result) -> None:
 def test_settings_name_the_value_and_the_rule() -> None:
     with pytest.raises(ValueError, match=r"problems=0.*at least 1"):
         demo.Settings(problems=0)
-    with pytest.raises(ValueError, match="threads is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match="threads=0 must be an integer of at least 1"):
         demo.Settings(threads=0)

@@ -89,9 +89,9 @@ def test_table_shows_predicted_bytes_and_marks_what_is_measured():
 
 
 def test_settings_name_the_value_and_the_rule():
-    with pytest.raises(ValueError, match="'medium' is not one of small, large"):
+    with pytest.raises(ValueError, match="config='medium' must be one of: small, large"):
         diffusion_gemma.Settings("medium")
-    with pytest.raises(ValueError, match="repeats is 0, but must be at least 1"):
+    with pytest.raises(ValueError, match="repeats=0 must be an integer of at least 1"):
         diffusion_gemma.Settings(repeats=0)
 
 

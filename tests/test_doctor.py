@@ -50,7 +50,6 @@ def test_a_missing_package_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
             raise importlib.metadata.PackageNotFoundError(name)
         return importlib.metadata.version(name)
 
-    monkeypatch.setattr(doctor, "version", version)
     monkeypatch.setattr(bench, "version", version)
     finding = found("transformers")
     assert (finding.verdict, finding.way_out) == ("missing", "pip install transformers")

@@ -151,17 +151,17 @@ def test_the_recorded_model_decodes_by_its_own_confidences() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shapes": ("GPT-2",)}, "shapes has 'GPT-2', but must be of: SDAR-30B-A3B; LLaDA2.0-mini"),
-        ({"ways": ("slow",)}, "ways has 'slow', but must be of: eager; inductor loop"),
+        ({"shapes": ("GPT-2",)}, "shapes='GPT-2' must be one of: SDAR-30B-A3B, LLaDA2.0-mini"),
+        ({"ways": ("slow",)}, "ways='slow' must be one of: eager, inductor loop"),
         ({"ways": ()}, "ways is empty, but must name one"),
         ({"blocks": 0}, "blocks=0"),
-        ({"layers": 0}, "layers is 0, but must be at least 1"),
+        ({"layers": 0}, "layers=0 must be an integer of at least 1"),
         ({"memory_gib": 0.0}, r"memory_gib is 0.0, but must be above 0"),
         ({"tokens_per_forward": 0.5}, r"tokens_per_forward is 0.5, but must be at least 1"),
         ({"tokens_per_forward": 33.0}, "tokens_per_forward is 33.0, but SDAR-30B-A3B has blocks of 32 tokens"),
-        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
         ({"recorded": "nowhere.json"}, "recorded is nowhere.json, but there is no such file"),
-        ({"threads": 0}, "threads is 0"),
+        ({"threads": 0}, "threads=0"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -62,9 +62,9 @@ def test_a_shape_that_is_published_with_many_tokens_has_no_row_with_few() -> Non
     [
         ({"calls": 0}, "calls=0"),
         ({"tokens": (0,)}, "at least one call, one token"),
-        ({"shapes": ("x",)}, "shapes has 'x'"),
-        ({"dtypes": ("int8",)}, "dtypes has 'int8'"),
-        ({"isa": "mmx"}, "isa has 'mmx'"),
+        ({"shapes": ("x",)}, "shapes='x'"),
+        ({"dtypes": ("int8",)}, "dtypes='int8'"),
+        ({"isa": "mmx"}, "isa='mmx'"),
     ],
 )
 def test_bad_settings_are_refused(wrong, message) -> None:

@@ -48,8 +48,8 @@ def test_a_wrong_kernel_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"calls": 0}, "calls is 0"), ({"coreset": 0}, "coreset is 0"), ({"shapes": ("x",)}, "shapes has 'x'"),
-     ({"dtype": "int8"}, "dtype is 'int8'"), ({"threads": 0}, "threads is 0")],
+    [({"calls": 0}, "calls=0"), ({"coreset": 0}, "coreset=0"), ({"shapes": ("x",)}, "shapes='x'"),
+     ({"dtype": "int8"}, "dtype='int8'"), ({"threads": 0}, "threads=0")],
 )  # fmt: skip
 def test_bad_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

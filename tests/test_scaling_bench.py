@@ -59,8 +59,8 @@ def test_a_picture_and_a_row_for_each_way(rows: list[dict[str, Any]], tmp_path: 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"calls": 0}, "calls=0"), ({"shape": "x"}, "shape is 'x'"), ({"sweeps": ("x",)}, "sweeps has 'x', but must"),
-     ({"dtype": "int8"}, "dtype is 'int8'"), ({"threads": 0}, "threads is 0")],
+    [({"calls": 0}, "calls=0"), ({"shape": "x"}, "shape='x'"), ({"sweeps": ("x",)}, "sweeps='x'"),
+     ({"dtype": "int8"}, "dtype='int8'"), ({"threads": 0}, "threads=0")],
 )  # fmt: skip
 def test_bad_settings_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

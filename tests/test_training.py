@@ -179,7 +179,7 @@ def _killed(*_: object) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps is 0, but must be at least 1"),
+        ({"steps": 0}, "steps=0 must be an integer of at least 1"),
         ({"tokens": 100}, "tokens is 100, but must be a multiple of two blocks, 64"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0, but must be above 0"),
     ],

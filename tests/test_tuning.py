@@ -40,7 +40,7 @@ def test_the_student_gets_nearer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"steps": 0}, "steps is 0, but must be at least 1"),
+        ({"steps": 0}, "steps=0 must be an integer of at least 1"),
         ({"tokens": 32}, "tokens is 32, but must be a multiple of two blocks, 64"),
         ({"learning_rate": -1.0}, r"learning_rate is -1.0, but must be above 0"),
     ],

@@ -31,7 +31,7 @@ def environment() -> Row:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "transformers": _version("transformers"),
+        "transformers": release("transformers"),
         "python": platform.python_version(),
     }
 
@@ -143,15 +143,28 @@ def use_threads(threads: int | None) -> None:
     """
     import torch
 
+    check_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise ValueError for what use_threads() can't take."""
     from dmoe_compile.config import check_int
 
     if threads is not None:
         check_int("threads", threads, "CPU threads")
-        torch.set_num_threads(threads)
 
 
-def _version(package: str) -> str | None:
-    """Return the release of a package that is installed, None where it is not, which `dmoe doctor` reports."""
+def check_names(name: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError where a value is given that is not known."""
+    for value in given:
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of: {', '.join(known)}")
+
+
+def release(package: str) -> str | None:
+    """Return the release of a package that is installed, None where it is not."""
     try:
         return version(package)
     except PackageNotFoundError:

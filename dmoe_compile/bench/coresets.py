@@ -23,6 +23,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, describe, environment
+from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -47,10 +48,8 @@ class Settings:
     calls: int = 200
 
     def __post_init__(self) -> None:
-        if self.blocks < 1:
-            raise ValueError(f"blocks is {self.blocks}, but must be at least 1")
-        if self.calls < 1:
-            raise ValueError(f"calls is {self.calls}, but must be at least 1")
+        check_int("blocks", self.blocks, "blocks that are drawn")
+        check_int("calls", self.calls, "timed calls of every rule")
         if not self.spread > 0:
             raise ValueError(f"spread is {self.spread}, but must be positive")
 

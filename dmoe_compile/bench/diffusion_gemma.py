@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_compile.backend import dmoe
-from dmoe_compile.bench import Bar, Row, describe, environment
+from dmoe_compile.bench import Bar, Row, check_names, check_threads, describe, environment
+from dmoe_compile.config import check_int
 from dmoe_compile.loading import VISION
 from dmoe_compile.runtime import routing_stats
 
@@ -108,12 +109,10 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size not in SIZES:
-            raise ValueError(f"config {self.size!r} is not one of {', '.join(SIZES)}")
-        for name in ("steps", "repeats", "threads"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+        check_names("config", [self.size], SIZES)
+        check_int("steps", self.steps, "denoising steps of a canvas")
+        check_int("repeats", self.repeats, "timed decodings of each way")
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)

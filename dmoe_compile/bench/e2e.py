@@ -30,7 +30,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, narrow_table, use_threads
+from dmoe_compile.bench import Bar, Row, check_names, check_threads, describe, environment, narrow_table, use_threads
 from dmoe_compile.bench.decoded import Costs, Trial, decode, resident_peak
 from dmoe_compile.bench.ways import BASELINE, GOALS, STRATEGIES, WAYS, Way
 from dmoe_compile.config import check_int
@@ -86,14 +86,12 @@ class Settings:
         from dmoe_compile.bench.stacks import STACKS
 
         for what, names, known in (("shapes", self.shapes, STACKS), ("ways", self.ways, WAYS | STRATEGIES)):
-            for name in names:
-                if name not in known:
-                    raise ValueError(f"{what} has {name!r}, but must be of: {'; '.join(known)}")
+            check_names(what, names, known)
         if not self.ways:
             raise ValueError("ways is empty, but must name one at least")
-        for name in ("layers", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.layers is not None:
+            check_int("layers", self.layers, "layers of a stack; None takes as many as fit")
+        check_threads(self.threads)
         if self.blocks is not None:
             check_int("blocks", self.blocks, "blocks of an answer")
         check_int("prompt", self.prompt, "tokens before the answer")
@@ -108,8 +106,7 @@ class Settings:
                     f"tokens_per_forward is {self.tokens_per_forward}, but {name} has blocks of "
                     f"{STACKS[name].block_length} tokens, of which a forward can accept no more"
                 )
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}, but must be auto, float32 or bfloat16")
+        check_names("dtype", [self.dtype], ["auto", "float32", "bfloat16"])
         if self.recorded is not None and not Path(self.recorded).is_file():
             raise ValueError(
                 f"recorded is {self.recorded}, but there is no such file; it is a .json in tests/reference"

@@ -25,7 +25,7 @@ from math import exp, log
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_turn, narrow_table
+from dmoe_compile.bench import Bar, Row, check_names, describe, environment, in_turn, narrow_table
 from dmoe_compile.bench.gpu import SHAPES, TINY, Shape
 
 if TYPE_CHECKING:
@@ -72,14 +72,9 @@ class Settings:
 
         from dmoe_compile.kernels.experts_cpu import Isa
 
-        for name, given, known in (
-            ("shapes", self.shapes, (*SHAPES, "tiny")),
-            ("dtypes", self.dtypes, DTYPES),
-            ("isa", () if self.isa is None else (self.isa,), get_args(Isa)),
-        ):
-            for value in given:
-                if value not in known:
-                    raise ValueError(f"{name} has {value!r}, but must be of: {', '.join(known)}")
+        check_names("shapes", self.shapes, (*SHAPES, "tiny"))
+        check_names("dtypes", self.dtypes, DTYPES)
+        check_names("isa", () if self.isa is None else (self.isa,), get_args(Isa))
         if self.calls < 1 or min(self.tokens, default=0) < 1 or min(self.distinct, default=-1) < 0:
             got = f"calls={self.calls}, tokens={self.tokens}, distinct={self.distinct}"
             raise ValueError(f"{got}: there must be at least one call, one token, and no negative number of experts")

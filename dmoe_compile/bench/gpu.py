@@ -18,7 +18,8 @@ from importlib.util import find_spec
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, environment, in_turn, wall_ms
+from dmoe_compile.bench import Bar, Row, check_names, environment, in_turn, wall_ms
+from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
     import torch
@@ -69,11 +70,8 @@ class Settings:
     def __post_init__(self) -> None:
         import torch
 
-        if self.calls < 1:
-            raise ValueError(f"calls is {self.calls}, but must be at least 1")
-        for name in self.shapes:
-            if name not in SHAPES and name != "tiny":
-                raise ValueError(f"shapes has {name!r}, but must be of: {', '.join([*SHAPES, 'tiny'])}")
+        check_int("calls", self.calls, "timed calls of each way")
+        check_names("shapes", self.shapes, [*SHAPES, "tiny"])
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 "device is cuda, but this torch sees no GPU; install a CUDA or ROCm build on a machine with one. What "

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, environment, narrow_table
+from dmoe_compile.bench import Bar, Row, check_names, environment, narrow_table
 from dmoe_compile.bench.gpu import SHAPES as SHAPES
 from dmoe_compile.bench.gpu import TINY, Shape, build, hold, output, unique_experts
 from dmoe_compile.passes.cost import GPUS, Machine
@@ -68,9 +68,7 @@ class Settings:
     launch_us: float = 1.5
 
     def __post_init__(self) -> None:
-        for name in self.shapes:
-            if name not in SHAPES and name != "tiny":
-                raise ValueError(f"shapes has {name!r}, but must be of: {', '.join([*SHAPES, 'tiny'])}")
+        check_names("shapes", self.shapes, [*SHAPES, "tiny"])
         for size in self.coresets:
             if size < 0:
                 raise ValueError(f"coresets has {size}, but a coreset has 1 or more experts, or 0 for all")

@@ -23,7 +23,8 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_turn, use_threads
+from dmoe_compile.bench import Bar, Row, check_names, check_threads, describe, environment, in_turn, use_threads
+from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
     import torch
@@ -53,16 +54,11 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name in self.shapes:
-            if name not in SHAPES and name != "tiny":
-                raise ValueError(f"shapes has {name!r}, but must be of: {', '.join([*SHAPES, 'tiny'])}")
-        for name in ("coreset", "calls"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}, but must be float32 or bfloat16")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, but must be at least 1")
+        check_names("shapes", self.shapes, [*SHAPES, "tiny"])
+        check_int("coreset", self.coreset, "the dmoe pass's smallest coreset")
+        check_int("calls", self.calls, "timed calls of each way")
+        check_names("dtype", [self.dtype], ["float32", "bfloat16"])
+        check_threads(self.threads)
 
 
 def run(settings: Settings, progress: Progress | None = None) -> list[Row]:

@@ -32,7 +32,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_fresh_process, use_threads
+from dmoe_compile.bench import Bar, Row, check_threads, describe, environment, in_fresh_process, use_threads
+from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -65,9 +66,10 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+        check_int("layers", self.layers, "layers of the model")
+        check_int("repeats", self.repeats, "fresh processes of each kind")
+        check_int("calls", self.calls, "timed calls of each provider")
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from statistics import median
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_fresh_process, use_threads
+from dmoe_compile.bench import Bar, Row, check_threads, describe, environment, in_fresh_process, use_threads
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -56,8 +56,9 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 < self.layers <= 1:
             raise ValueError(f"layers is {self.layers}, but must be a share in (0, 1]")
-        if self.timeout_s <= 0 or (self.threads is not None and self.threads < 1):
-            raise ValueError(f"timeout_s is {self.timeout_s} and threads {self.threads}, but both must be positive")
+        if not self.timeout_s > 0:
+            raise ValueError(f"timeout_s is {self.timeout_s}, but must be above 0 seconds")
+        check_threads(self.threads)
 
 
 def run(settings: Settings, progress: Progress | None = None) -> list[Row]:

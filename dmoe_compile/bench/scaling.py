@@ -20,7 +20,17 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, describe, environment, in_turn, narrow_table, use_threads
+from dmoe_compile.bench import (
+    Bar,
+    Row,
+    check_names,
+    check_threads,
+    describe,
+    environment,
+    in_turn,
+    narrow_table,
+    use_threads,
+)
 from dmoe_compile.bench.layer import SHAPES, TINY, TOKENS
 from dmoe_compile.config import check_int
 
@@ -47,16 +57,11 @@ class Settings:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.shape not in (*SHAPES, "tiny"):
-            raise ValueError(f"shape is {self.shape!r}, but must be of: {', '.join([*SHAPES, 'tiny'])}")
-        for name in self.sweeps:
-            if name not in _SWEEPS:
-                raise ValueError(f"sweeps has {name!r}, but must be of: {', '.join(_SWEEPS)}")
+        check_names("shape", [self.shape], [*SHAPES, "tiny"])
+        check_names("sweeps", self.sweeps, _SWEEPS)
         check_int("calls", self.calls, "timed calls of each way")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}, but must be float32 or bfloat16")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads is {self.threads}, but must be at least 1")
+        check_names("dtype", [self.dtype], ["float32", "bfloat16"])
+        check_threads(self.threads)
 
 
 @dataclass(frozen=True)
