@@ -53,8 +53,8 @@ def test_regimes() -> None:
 
 
 def test_a_shape_that_is_published_with_many_tokens_has_no_row_with_few() -> None:
-    settings = Settings(shapes=("DiffusionGemma-26B",))
-    assert {tokens for tokens, _ in experts._sizes(settings, experts.SHAPES["DiffusionGemma-26B"])} == {256}
+    settings = Settings(shapes=("DiffusionGemma-26B-A4B",))
+    assert {tokens for tokens, _ in experts._sizes(settings, experts.SHAPES["DiffusionGemma-26B-A4B"])} == {256}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, describe, environment
+from dmoe_compile.bench.shapes import SHAPES
 from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import Tensor
 
-NUM_EXPERTS, TOP_K, BLOCK = 256, 8, 32
-EXPERT_BYTES = 3 * 2048 * 512 * 2  # gate, up and down projection, hidden size x expert width, bf16
+_SHAPE = SHAPES["LLaDA2.0-mini"]
+NUM_EXPERTS, TOP_K, BLOCK = _SHAPE.num_experts, _SHAPE.top_k, _SHAPE.tokens
+EXPERT_BYTES = 3 * _SHAPE.hidden * _SHAPE.width * 2  # gate, up and down projection, bf16
 UNIQUE = 69.5  # LLaDA2.0-mini, in the dMoE paper (arXiv 2605.30876)
 PUBLISHED = (65.0, 72.0)
 # Unique experts that papers report on LLaDA2.0-mini: DES-S and DES-V at near-base accuracy, dMoE.

@@ -26,7 +26,8 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, check_names, describe, environment, in_turn, narrow_table
-from dmoe_compile.bench.gpu import SHAPES, TINY, Shape
+from dmoe_compile.bench.gpu import TINY
+from dmoe_compile.bench.shapes import SHAPES, Shape
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ NAMES = tuple(SHAPES)
 TOKENS = (32, 64, 128, 256)
 DISTINCT = (0, 70, 40, 15, 8)  # experts; 0: as many as random routing uses
 DTYPES = ("bfloat16", "float32")
-_GELU_TANH = "DiffusionGemma-26B"
+_GELU_TANH = "DiffusionGemma-26B-A4B"
 HUGE = "huge pages"
 WAYS = ("grouped_mm", "inductor", "loop", HUGE)
 # Geometric means of `fraction` and of `over grouped_mm` that the kernel is written for.

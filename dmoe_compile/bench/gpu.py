@@ -19,6 +19,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, check_names, environment, in_turn, wall_ms
+from dmoe_compile.bench.shapes import SHAPES as SHAPES
+from dmoe_compile.bench.shapes import Shape
 from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
@@ -28,23 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Hidden size, expert width, experts, experts a token, tokens of a block of one published model."""
-
-    hidden: int
-    width: int
-    num_experts: int
-    top_k: int
-    tokens: int
-
-
-SHAPES = {
-    "SDAR-30B-A3B": Shape(2048, 768, 128, 8, 32),
-    "LLaDA2.0-mini": Shape(2048, 512, 256, 8, 32),
-    "LLaDA-MoE-7B": Shape(2048, 1024, 64, 8, 32),
-    "DiffusionGemma-26B": Shape(2816, 704, 128, 8, 256),
-}
 TINY = Shape(64, 32, 64, 4, 16)
 # The options of backend="dmoe" by the way's name; None is Inductor, which every other way is held against.
 WAYS: dict[str, dict[str, Any] | None] = {

@@ -24,8 +24,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, check_names, environment, narrow_table
-from dmoe_compile.bench.gpu import SHAPES as SHAPES
-from dmoe_compile.bench.gpu import TINY, Shape, build, hold, output, unique_experts
+from dmoe_compile.bench.gpu import TINY, build, hold, output, unique_experts
+from dmoe_compile.bench.shapes import SHAPES as SHAPES
+from dmoe_compile.bench.shapes import Shape
 from dmoe_compile.passes.cost import GPUS, Machine
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Settings:
     """Which shapes and coresets, and what is assumed of a GPU.
 
     Attributes:
-        shapes: names in bench.gpu.SHAPES, or "tiny".
+        shapes: names in bench.shapes.SHAPES, or "tiny".
         coresets: smallest coresets of the dmoe pass; 0 is the model's own routing.
         bandwidth_share: of the vendor's bandwidth, and of its peak, that a kernel reaches.
         launch_us: from one kernel's end to the next one's start, in a CUDA graph.

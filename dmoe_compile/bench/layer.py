@@ -23,7 +23,8 @@ from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from dmoe_compile.bench import Bar, Row, check_names, check_threads, describe, environment, in_turn, use_threads
+from dmoe_compile.bench import Bar, Row, check_names, check_threads, describe, environment, in_turn, shapes, use_threads
+from dmoe_compile.bench.shapes import Shape
 from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
@@ -33,11 +34,8 @@ if TYPE_CHECKING:
     from torch import Tensor, fx, nn
 
 TOKENS, CACHED = 32, 512
-SHAPES: dict[str, dict[str, int]] = {
-    "SDAR-30B-A3B": dict(hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8),
-    "LLaDA2.0-mini": dict(hidden_size=2048, moe_intermediate_size=512, num_experts=256, num_experts_per_tok=8),
-}
-TINY = dict(hidden_size=64, moe_intermediate_size=32, num_experts=16, num_experts_per_tok=4)
+SHAPES = {name: shapes.SHAPES[name] for name in ("SDAR-30B-A3B", "LLaDA2.0-mini")}
+TINY = Shape(64, 32, 16, 4, TOKENS)
 WAYS = ("inductor", "inductor + dmoe", "kernel", "kernel + dmoe")
 GOAL_KERNEL, GOAL_DMOE, GOAL_ROUTING = 2.0, 4.5, 0.03
 _TOLERANCE = 0.03  # root mean square, relative: bf16 rounds each expert's result once more or less
@@ -122,17 +120,17 @@ def _rows(name: str, settings: Settings, bar: Bar) -> list[Row]:
     return found
 
 
-def build(widths: dict[str, int], dtype: torch.dtype, tokens: int = TOKENS, batch: int = 1) -> tuple[Any, Tensor]:
+def build(shape: Shape, dtype: torch.dtype, tokens: int = TOKENS, batch: int = 1) -> tuple[Any, Tensor]:
     """Return transformers' layer behind cached tokens, and blocks of hidden states [B, T, H]."""
     import torch
     from torch import nn
     from transformers import DynamicCache, Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeDecoderLayer, Qwen3MoeRotaryEmbedding
 
-    heads = max(1, widths["hidden_size"] // 64)
+    heads = max(1, shape.hidden // 64)
     config = Qwen3MoeConfig(
-        **widths, num_attention_heads=heads, num_key_value_heads=max(1, heads // 8), head_dim=128, num_hidden_layers=1,
-        norm_topk_prob=True,
+        **shape.config(), num_attention_heads=heads, num_key_value_heads=max(1, heads // 8), head_dim=128,
+        num_hidden_layers=1, norm_topk_prob=True,
     )  # fmt: skip
     config._experts_implementation, config._attn_implementation = "grouped_mm", "sdpa"
 
@@ -163,7 +161,7 @@ def build(widths: dict[str, int], dtype: torch.dtype, tokens: int = TOKENS, batc
     for parameter in layer.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return layer, torch.randn(batch, tokens, widths["hidden_size"]).to(dtype)
+    return layer, torch.randn(batch, tokens, shape.hidden).to(dtype)
 
 
 def routing(block: nn.Module, x: Tensor, options: dict[str, Any]) -> Callable[[], Any]:

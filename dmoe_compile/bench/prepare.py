@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from dmoe_compile.bench import Bar, Row, check_threads, describe, environment, in_fresh_process, use_threads
+from dmoe_compile.bench.shapes import SHAPES
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -39,8 +40,8 @@ _CALLS = 100
 GOAL_S = 120.0  # prepare and first call
 GUARDS_GOAL_MS = 2.0
 MODELS: dict[str, Row] = {
-    "SDAR-30B-A3B": {"block": "SoftmaxLoop", "experts": 128, "layers": 48},
-    "LLaDA2.0-mini": {"block": "Bailing", "experts": 256, "layers": 20},
+    "SDAR-30B-A3B": {"block": "SoftmaxLoop", "experts": SHAPES["SDAR-30B-A3B"].num_experts, "layers": 48},
+    "LLaDA2.0-mini": {"block": "Bailing", "experts": SHAPES["LLaDA2.0-mini"].num_experts, "layers": 20},
 }
 PROVIDERS = ("dmoe", "inductor")
 

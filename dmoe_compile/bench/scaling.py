@@ -32,6 +32,7 @@ from dmoe_compile.bench import (
     use_threads,
 )
 from dmoe_compile.bench.layer import SHAPES, TINY, TOKENS
+from dmoe_compile.bench.shapes import Shape
 from dmoe_compile.config import check_int
 
 if TYPE_CHECKING:
@@ -111,12 +112,8 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
     from dmoe_compile.machine import bandwidth, peak
 
     use_threads(settings.threads)
-    widths = SHAPES.get(settings.shape, TINY)
-    points = [
-        (sweep, point)
-        for sweep in settings.sweeps
-        for point in _SWEEPS[sweep](widths["num_experts"], widths["num_experts_per_tok"])
-    ]
+    shape = SHAPES.get(settings.shape, TINY)
+    points = [(sweep, point) for sweep in settings.sweeps for point in _SWEEPS[sweep](shape.num_experts, shape.top_k)]
     bar = Bar(progress, total=len(points))
     dtype: torch.dtype = getattr(torch, settings.dtype)
     device = torch.device("cpu")
@@ -124,7 +121,7 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
     with torch.no_grad():
         for sweep, point in points:
             bar.say(f"{sweep}: {point.value}")
-            rows += [{"sweep": sweep, "value": point.value, **row} for row in _measured(point, widths, dtype, settings)]
+            rows += [{"sweep": sweep, "value": point.value, **row} for row in _measured(point, shape, dtype, settings)]
             speeds.append(bandwidth(device))
             peaks.append(peak(device, dtype))
             torch._dynamo.reset()
@@ -133,12 +130,12 @@ def run(settings: Settings, progress: Progress | None = None) -> list[Row]:
     return [env | row | {"floor_ms": _floor_ms(row, env)} for row in rows]
 
 
-def _measured(point: _Point, widths: dict[str, int], dtype: torch.dtype, settings: Settings) -> Iterator[Row]:
+def _measured(point: _Point, shape: Shape, dtype: torch.dtype, settings: Settings) -> Iterator[Row]:
     """Yield the row of each way at a point."""
     from dmoe_compile.bench.gpu import unique_experts
     from dmoe_compile.bench.layer import build
 
-    layer, x = build(widths, dtype, point.tokens, point.batch)
+    layer, x = build(shape, dtype, point.tokens, point.batch)
     calls = {way: partial(_compiled(layer, options), x) for way, options in point.ways.items()}
     for call in calls.values():
         call()
@@ -150,8 +147,8 @@ def _measured(point: _Point, widths: dict[str, int], dtype: torch.dtype, setting
         options = point.ways[way]
         yield {
             "way": way, "unique": unique_experts(layer, x, options), "ms": median(ms),
-            "tokens": point.tokens * point.batch, "top_k": widths["num_experts_per_tok"], "expert_bytes": one,
-            "other_bytes": whole - widths["num_experts"] * one, "itemsize": x.element_size(),
+            "tokens": point.tokens * point.batch, "top_k": shape.top_k, "expert_bytes": one,
+            "other_bytes": whole - shape.num_experts * one, "itemsize": x.element_size(),
         }  # fmt: skip
 
 

@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dmoe_compile.bench.shapes import SHAPES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -72,34 +74,32 @@ class Stack:
         return int(self.config["num_experts_per_tok"])
 
 
-_HEADS_OF_128 = {"hidden_size": 2048, "head_dim": 128, "num_experts_per_tok": 8}
 STACKS = {
     "SDAR-30B-A3B": Stack(
         "Qwen3MoeForCausalLM",
-        _HEADS_OF_128
-        | {"num_experts": 128, "moe_intermediate_size": 768, "num_attention_heads": 32, "num_key_value_heads": 4}
-        | {"norm_topk_prob": True},
+        SHAPES["SDAR-30B-A3B"].config()
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "norm_topk_prob": True},
         layers=48,
     ),
     # Bailing's block: sigmoid, bias and groups, one shared expert; its only dense layer is left out.
     "LLaDA2.0-mini": Stack(
         "Glm4MoeForCausalLM",
-        _HEADS_OF_128
-        | {"n_routed_experts": 256, "moe_intermediate_size": 512, "num_attention_heads": 16, "num_key_value_heads": 4}
+        SHAPES["LLaDA2.0-mini"].config(num_experts="n_routed_experts")
+        | {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128}
         | {"n_group": 8, "topk_group": 4, "n_shared_experts": 1, "first_k_dense_replace": 0, "norm_topk_prob": True}
         | {"routed_scaling_factor": 2.5, "use_qk_norm": True},
         layers=20,
     ),
     "LLaDA-MoE-7B-A1B": Stack(
         "OlmoeForCausalLM",
-        {"hidden_size": 2048, "num_experts_per_tok": 8, "num_experts": 64, "intermediate_size": 1024}
+        SHAPES["LLaDA-MoE-7B-A1B"].config(width="intermediate_size")
         | {"num_attention_heads": 16, "num_key_value_heads": 16},
         layers=16,
     ),
     # Widths and canvas only: `dmoe bench diffusion-gemma` has the real class, which its own generate() decodes.
     "DiffusionGemma-26B-A4B": Stack(
         "Qwen3MoeForCausalLM",
-        {"hidden_size": 2816, "num_experts_per_tok": 8, "num_experts": 128, "moe_intermediate_size": 704}
+        SHAPES["DiffusionGemma-26B-A4B"].config()
         | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256, "norm_topk_prob": True}
         | {"hidden_act": "gelu_pytorch_tanh"},
         layers=30,
