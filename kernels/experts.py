@@ -30,18 +30,15 @@ P: partials, SPLIT or k; BT, BN, BK: tokens, rows and depth (the dimension summe
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from math import isfinite
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from dmoe_compile.kernels import experts_cpu
+from dmoe_compile.kernels.experts_arguments import check
 from dmoe_compile.kernels.experts_cpu import Operands
-from dmoe_compile.kernels.limits import DENSE_TOKENS, LISTED_TOKENS, MAX_TOKENS
-from dmoe_compile.kernels.tiles import Tile, candidates, default_config, target_of
+from dmoe_compile.kernels.limits import DENSE_TOKENS, LISTED_TOKENS
+from dmoe_compile.kernels.tiles import candidates, default_config, target_of, tuned
 from torch import Tensor
 from torch.library import wrap_triton
 
@@ -341,7 +338,7 @@ def launch(
     sizes: dict[str, Any] = dict(T=T, H=H, F=F, K=k, KP=triton.next_power_of_2(k), BT=BT)
 
     tried = candidates(target, config.gate_up, 2 if gated else 1, BT, H, hidden.itemsize) if autotune else ()
-    gate_up_kernel = _tuned(_gate_up_kernel, config.gate_up, tried)
+    gate_up_kernel = tuned(_gate_up_kernel, config.gate_up, tried)
     width = 2 * F if layout in ("concatenated", "interleaved") else F
     wrap_triton(gate_up_kernel)[lambda meta: (triton.cdiv(F, meta["BN"]) * tiles, entries)](
         hidden_ptr=hidden, ids_ptr=ids, weights_ptr=weights, gate_up_ptr=gate_up, up_ptr=up,
@@ -357,62 +354,18 @@ def launch(
     tried = candidates(target, config.down, 1, BT, span, hidden.itemsize) if autotune else ()
     sizes |= dict(ROW=1 if down_transposed else F, COLUMN=H if down_transposed else 1)
     if listed:
-        down_kernel = _tuned(_down_dense_kernel, config.down, tried)
+        down_kernel = tuned(_down_dense_kernel, config.down, tried)
         wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]) * tiles, SPLIT)](
             mid_ptr=mid, ids_ptr=ids, weights_ptr=weights, down_ptr=down, down_bias_ptr=down_bias, active_ptr=active,
             counts_ptr=counts, partials_ptr=partials, **sizes, SPLIT=SPLIT, CUTS=config.cuts, TILES=tiles,
         )  # fmt: skip
     else:
-        down_kernel = _tuned(_down_routed_kernel, config.down, tried)
+        down_kernel = tuned(_down_routed_kernel, config.down, tried)
         wrap_triton(down_kernel)[lambda meta: (triton.cdiv(H, meta["BN"]) * tiles, E)](
             mid_ptr=mid, ids_ptr=ids, weights_ptr=weights, down_ptr=down, down_bias_ptr=down_bias,
             partials_ptr=partials, **sizes, E=E, TILES=tiles,
         )  # fmt: skip
     return partials
-
-
-def check(given: Operands, active: Tensor | None, counts: Tensor | None) -> None:
-    """Raise ValueError, in words for a report, for what launch() does not take; tensors may be fake."""
-    experts_cpu.check(given)
-    hidden, ids, gate_up, down = given.hidden, given.ids, given.gate_up, given.down
-    if 0 in (*gate_up.shape, *down.shape, ids.shape[1]):
-        got = f"gate_up {list(gate_up.shape)}, down {list(down.shape)} and ids {list(ids.shape)}"
-        raise ValueError(f"experts: {got} have a dimension of 0, which leaves nothing to compute")
-    if hidden.shape[0] > MAX_TOKENS:  # no len(): it makes a number of a symbolic size
-        raise ValueError(
-            f"experts: T={hidden.shape[0]} tokens, but at most {MAX_TOKENS} are worth it, as every program searches "
-            "them all; a grouped matmul of tokens sorted by expert takes more"
-        )
-    for name in ("weights", "gate_up_bias", "up_bias", "down_bias"):
-        floats = getattr(given, name)
-        if floats is not None and not floats.is_floating_point():
-            raise ValueError(f"experts: {name} is {floats.dtype}, but must be a float type")
-        if floats is not None and name != "weights" and not floats.is_contiguous():
-            raise ValueError(f"experts: {name} has strides {floats.stride()}, but must be contiguous")
-    if given.up_bias is not None and given.layout != "separate":
-        raise ValueError(f"experts: up_bias is given, but with layout {given.layout!r} all biases are in gate_up_bias")
-    if (active is None) != (counts is None):
-        raise ValueError("experts: active and counts are the two halves of one list; give both or neither")
-    for name, numbers, shape in (("active", active, (1, gate_up.shape[0])), ("counts", counts, (1,))):
-        if numbers is not None and (tuple(numbers.shape) != shape or numbers.dtype != torch.int32):
-            got = f"{numbers.dtype}{list(numbers.shape)}"
-            raise ValueError(f"experts: {name} is {got}, but must be int32{list(shape)}, of one block")
-    alpha, limit = given.alpha, given.limit
-    if given.activation == "swigluoai" and not (isfinite(alpha) and isfinite(limit) and limit > 0):
-        raise ValueError(f"experts: alpha={alpha} and limit={limit} of 'swigluoai' must be finite, and limit above 0")
-
-
-@functools.cache  # one object each: whoever traces a launch keeps it
-def _tuned(kernel: Callable[..., None], default: Tile, tiles: tuple[Tile, ...]) -> Any:
-    """Return the kernel with its tiles set: to the default's, or to those of `tiles` that turn out best.
-
-    Triton keeps results of timing on disk, by GPU, kernel and `key`.
-    """
-    configs = [
-        triton.Config(dict(BN=tile.rows, BK=tile.depth), num_warps=tile.warps, num_stages=tile.stages)
-        for tile in tiles or (default,)
-    ]
-    return triton.autotune(configs, key=["H", "F", "BT"], cache_results=True)(kernel)
 
 
 experts = torch.library.triton_op("dmoe::experts", launch, mutates_args=())

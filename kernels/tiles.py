@@ -5,6 +5,8 @@ T, H, F: tokens, hidden size, expert width; E, k: experts, experts a token; BT: 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -144,3 +146,16 @@ def _tile(
 def _step_bytes(operands: int, rows: int, tokens: int, depth: int, itemsize: int) -> int:
     """Return the shared memory that one step of a pipeline takes."""
     return (operands * rows + tokens) * depth * itemsize
+
+
+@functools.cache  # one object each: whoever traces a launch keeps it
+def tuned(kernel: Callable[..., None], default: Tile, tiles: tuple[Tile, ...]) -> Any:
+    """Return the kernel with its tiles set: to the default's, or to those of `tiles` that turn out best.
+
+    Triton keeps results of timing on disk, by GPU, kernel and `key`.
+    """
+    configs = [
+        triton.Config(dict(BN=tile.rows, BK=tile.depth), num_warps=tile.warps, num_stages=tile.stages)
+        for tile in tiles or (default,)
+    ]
+    return triton.autotune(configs, key=["H", "F", "BT"], cache_results=True)(kernel)
