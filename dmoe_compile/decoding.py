@@ -24,7 +24,7 @@ from torch import Tensor
 
 from dmoe_compile.candidates import cold_tokens, filled_in, most_confident, verify
 from dmoe_compile.context import Denoising
-from dmoe_compile.kv_cache import aside, compact, mark_sizes
+from dmoe_compile.kv_cache import aside, compact, keep, mark_sizes
 from dmoe_compile.sampling import Sampling, scheduler_of
 
 if TYPE_CHECKING:
@@ -178,8 +178,7 @@ class Decoder:
         self.context.plain(self._absent(start, end))
         ids = compact(self.ids[:, start:end])
         self._run(ids, self.cache, start)
-        for layer in self.cache.layers:
-            layer.keys, layer.values = (compact(each) for each in (layer.keys, layer.values))
+        keep(self.cache)
         self._tell(Forward(number, step, kind, start, ids.unsqueeze(1)))
 
     def _denoise(self, block: _Block, step: int, *, last: bool = False) -> None:
@@ -317,7 +316,7 @@ class Decoder:
         padding = self.padding.repeat_interleave(count)
         positions = (columns - padding.unsqueeze(-1)).clamp(min=0)
         mask = self._attention(columns, padding, self._dtype())
-        mark_sizes(cache, mask, ids, positions)
+        mark_sizes(cache, mask, ids, positions, whole=ids.shape[1] == self.sampling.block_length)
         arguments = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
         limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
         with torch._dynamo.config.patch(recompile_limit=limit):  # each number of rows has graphs of its own

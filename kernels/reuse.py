@@ -125,6 +125,8 @@ def unsupported(partials: Tensor, stored: Tensor, rows: Tensor, roles: Tensor, c
         if each.dtype != dtype or each.shape != shape or not each.is_contiguous():
             wanted = f"{dtype} {list(shape)}, contiguous"
             return f"{name} must be {wanted}, for stored {list(stored.shape)}; got {_described(each)}"
+        if each.device != stored.device:
+            return f"{name} must be on {stored.device}, as stored is; got {each.device}"
     if partials.shape[0] < 1:
         return "partials has no partial sum: there must be at least one"
     if candidates < 1 or batch % candidates:

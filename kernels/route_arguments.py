@@ -99,6 +99,9 @@ def unsupported(
     if roles is not None and (roles.shape != (tokens,) or roles.dtype != torch.int8 or not roles.is_contiguous()):
         got = f"{roles.dtype} {list(roles.shape)} with strides {roles.stride()}"
         return f"roles must be [{tokens}] int8, contiguous; got {got}"
+    devices = {each.device for each in (logits, bias, expert_scale, roles) if each is not None}
+    if len(devices) > 1:
+        return f"logits, bias, scale and roles are on {len(devices)} devices: {', '.join(sorted(map(str, devices)))}"
     if num_experts > _MAX_EXPERTS:
         return f"{num_experts} experts are more than {_MAX_EXPERTS}: the scores of a chunk would leave the registers"
     if not 0 < tokens <= MAX_TOKENS:

@@ -22,9 +22,16 @@ Size = int | torch.SymInt
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step: the graph's input `roles` [B, S] int8 (passes/limit.py), `candidates` rows a sequence."""
+    """One denoising step, as the graph's inputs say it.
+
+    Attributes:
+        roles: [R, S] int8, see passes/limit.py.
+        rows: [R] int64, the stored row that each goes on from.
+        candidates: rows of a sequence.
+    """
 
     roles: fx.Node
+    rows: fx.Node
     candidates: int
 
 

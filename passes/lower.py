@@ -63,8 +63,9 @@ class Lowering:
         Raises:
             NotFusedError: where experts=True asks for what can't be had.
         """
-        found: Bank | str = self._reason(site) or self._tried(self.reader.read, site)
-        if self.experts is True and isinstance(found, str):
+        size = self._size_reason(site)
+        found: Bank | str = self._reason(site) or size or self._tried(self.reader.read, site)
+        if self.experts is True and isinstance(found, str) and found != size:  # a prompt is not what kernels are for
             raise NotFusedError(
                 f"experts=True, but {site.name} can't have the fused kernel: {found}; use experts='auto'"
             )
@@ -99,12 +100,19 @@ class Lowering:
             return "Triton is not installed, which the fused kernels are written in"
         for kernel in _KERNELS:
             importlib.import_module(f"dmoe_compile.kernels.{kernel}")
+        return _spilling(value) if self.experts == "auto" else ""
+
+    def _size_reason(self, site: Site) -> str:
+        """Return why a site of so many tokens keeps its own experts on a GPU, "" where it need not."""
+        device = site.combine.meta["val"].device
+        if device.type != "cuda":
+            return ""
         tokens = site.ids.meta["val"].numel() // site.top_k
         if not isinstance(tokens, int):
             return SYMBOLIC
         if tokens > MAX_TOKENS:
             return f"{tokens} tokens are more than the {MAX_TOKENS} that the fused kernels are made for"
-        if self.experts == "auto" and not reading_limits(site, tokens, gpu_of(value.device)):
+        if self.experts == "auto" and not reading_limits(site, tokens, gpu_of(device)):
             return f"with {tokens} tokens it is limited by arithmetic, not by reading weights"
         return ""
 
@@ -210,10 +218,21 @@ def _cpu_reason(site: Site) -> str:
 
 def gpu_of(device: torch.device) -> Gpu:
     """Return what a GPU does at best; of one that is not listed, what an H100 does."""
+    return GPUS.get(_target(device), GPUS["sm_90"])
+
+
+def _target(device: torch.device) -> str:
+    """Return a GPU's name as its compiler has it."""
     if torch.version.hip is not None:
         name: str = torch.cuda.get_device_properties(device).gcnArchName
-        target = name.partition(":")[0]
-    else:
-        major, minor = torch.cuda.get_device_capability(device)
-        target = f"sm_{major}{minor}"
-    return GPUS.get(target, GPUS["sm_90"])
+        return name.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _spilling(value: Tensor) -> str:
+    """Return why the kernels' tiles do not fit the registers of a GPU, "" where they do."""
+    target = _target(value.device)
+    old = target.startswith("sm_") and int(target[3:]) < 80
+    small = target.startswith("gfx") and not target.startswith("gfx9") and value.dtype == torch.float32
+    return f"the fused kernels would spill registers on {target}, in {value.dtype}" if old or small else ""

@@ -102,10 +102,9 @@ def run(
     if lowering is not None:
         lowering.insist(refusals)
     banks = [lowering.bank(site) for site in sites] if lowering is not None else ["no kernel is asked for"] * len(sites)
-    rows = None
     try:
         if step is not None:
-            findings.layouts, rows = add_step(graph, findings.layouts, step)
+            findings.layouts = add_step(graph, findings.layouts, step)
         router = _Router(graph, passes, settings, tracer, lowering, findings.routed)
         findings.outcomes = router.route_all(sites, findings.layouts, banks, verdicts)
         if "top_any" in passes:
@@ -118,9 +117,8 @@ def run(
     if lowering is not None:
         fused = _fuse_all(graph, findings, banks, lowering, tracer, dropped="top_any" in passes)
     if step is not None and step.reuses and passes["team"].cache:
-        assert rows is not None
         routed = [outcome.site for outcome in findings.outcomes]
-        findings.states = reuse(graph, routed, fused, findings.layouts, rows, tracer)
+        findings.states = reuse(graph, routed, fused, findings.layouts, tracer)
     if stats and not joint:
         counted = [(outcome.site, outcome.below_promise) for outcome in findings.outcomes]
         to_count = [(site, where, below) for (site, below), where in zip(counted, findings.layouts, strict=True)]

@@ -103,16 +103,27 @@ class State:
     weights: int
 
 
-def add_step(graph: fx.Graph, layouts: Sequence[Layout], rows: Denoised) -> tuple[list[Layout], fx.Node]:
+def add_step(graph: fx.Graph, layouts: Sequence[Layout], rows: Denoised) -> list[Layout]:
     """Append the inputs roles [R, S] int8 and rows [R] int64, the stored row that each goes on from, to a graph.
 
-    Returns the layouts, those of the described rows with the step in them, and the input `rows`.
+    Returns the layouts, those of the described rows with the step in them.
     """
     first = layouts[rows.site]
+    assert first.rows is not None
     roles = _input(graph, "dmoe_roles", (first.batch, first.seq), torch.int8, first)
     sources = _input(graph, "dmoe_rows", (first.batch,), torch.int64, first)
-    step = Step(roles, rows.candidates)
-    return [replace(layout, step=step) if _alike(layout, first) else layout for layout in layouts], sources
+    steps = {first.rows.meta["val"].device: Step(roles, sources, rows.candidates)}
+    described = []
+    for layout in layouts:
+        if layout.rows is None or not _alike(layout, first):
+            described.append(layout)
+            continue
+        device = layout.rows.meta["val"].device
+        if device not in steps:  # a model over several devices
+            moved = [_moved(graph, each, device) for each in (roles, sources)]
+            steps[device] = Step(moved[0], moved[1], rows.candidates)
+        described.append(replace(layout, step=steps[device]))
+    return described
 
 
 def reuse(
@@ -120,7 +131,6 @@ def reuse(
     sites: Sequence[Site],
     fused: Sequence[Fused | None],
     layouts: Sequence[Layout],
-    rows: fx.Node,
     tracer: Tracer,
 ) -> list[State]:
     """Give the sites of the denoised rows their stored outputs for decoded tokens, and store what then comes out.
@@ -130,7 +140,6 @@ def reuse(
         sites: its sites, as they were left.
         fused: what stands for their experts; None where that is the model's own code.
         layouts: where their tokens lie.
-        rows: the input of add_step().
         tracer: of this graph.
     """
     inputs = graph.find_nodes(op="placeholder")
@@ -141,7 +150,9 @@ def reuse(
         value = site.combine.meta["val"]
         size = (where.batch, where.seq, value.shape[-1])
         stored = _input(graph, f"dmoe_stored_{i}", size, value.dtype, where)
-        args = [site.combine, stored, rows, where.step.roles]
+        # Its address stays, so that CUDA graphs need not copy it; roles and rows are new ones at every call.
+        stored.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        args = [site.combine, stored, where.step.rows, where.step.roles]
         if experts is not None and experts.partials is not None:
             _reuse_fused(graph, site, [experts.partials, *args[1:]], where.step.candidates, tracer)
         else:
@@ -181,22 +192,34 @@ def _replace(old: fx.Node, new: fx.Node, stay: Sequence[fx.Node]) -> None:
 
 
 def _input(graph: fx.Graph, name: str, size: Sequence[Any], dtype: torch.dtype, like: Layout) -> fx.Node:
-    """Append an input that nothing guards: its address stays, so that CUDA graphs need not copy it."""
+    """Append an input that nothing guards."""
     assert like.rows is not None
     value: Tensor = like.rows.meta["val"]
-    mode = detect_fake_mode(value)
-    assert mode is not None, "the graph's values are not fake"
     *_, last = graph.find_nodes(op="placeholder")
     with graph.inserting_after(last):
         node = graph.placeholder(name)
-    with mode:
-        node.meta["val"] = torch.empty(tuple(size), dtype=dtype, device=value.device)
-    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta["val"] = _fake(size, dtype, value.device, value)
     node._dynamo_source = None  # as Dynamo's own inputs have one
     return node
 
 
+def _moved(graph: fx.Graph, node: fx.Node, device: torch.device) -> fx.Node:
+    """Return an input on another device."""
+    *_, last = graph.find_nodes(op="placeholder")
+    with graph.inserting_after(last):
+        moved = graph.call_function(torch.ops.aten._to_copy.default, (node,), {"device": device})
+    value = node.meta["val"]
+    moved.meta["val"] = _fake(value.shape, value.dtype, device, value)
+    return moved
+
+
+def _fake(size: Sequence[Any], dtype: torch.dtype, device: torch.device, like: Tensor) -> Tensor:
+    """Return a value for a graph's node, fake as `like` is."""
+    mode = detect_fake_mode(like)
+    assert mode is not None, "the graph's values are not fake"
+    with mode:
+        return torch.empty(tuple(size), dtype=dtype, device=device)
+
+
 def _alike(layout: Layout, other: Layout) -> bool:
-    if layout.rows is None:
-        return False
     return statically_known_true(layout.batch == other.batch) and statically_known_true(layout.seq == other.seq)

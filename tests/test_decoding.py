@@ -15,10 +15,11 @@ import torch
 from dmoe_compile.passes.team import Options
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, Qwen3MoeForCausalLM
+from transformers import DynamicCache, PreTrainedModel, Qwen3MoeForCausalLM
 
 from dmoe_compile.candidates import _distance, filled_in, verify
 from dmoe_compile.decoding import Decoder, Forward
+from dmoe_compile.kv_cache import keep
 from dmoe_compile.sampling import Sampling
 from tiny_moe import ATEN
 
@@ -127,6 +128,36 @@ def test_team_decodes_a_batch_as_its_sequences_alone(tmp_path: Path) -> None:
     for row, prompt in enumerate(prompts):
         alone, _ = decode(one, [prompt], 20, how, team=team)
         assert torch.equal(decoder.ids[row], alone.ids[0])
+
+
+def test_graphs_of_blocks_have_numbers_for_sizes(tmp_path: Path) -> None:
+    """By which kernels for GPUs are chosen: one graph serves all blocks, whatever the lengths of prompts."""
+    seen: list[Any] = []
+
+    def watch(gm: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+        ids = next(x for x in values if isinstance(x, Tensor) and x.dtype == torch.int64)
+        seen.append(ids.shape[1])
+        return gm.forward
+
+    compiled = torch.compile(load(tmp_path), backend=watch, fullgraph=True, isolate_recompiles=True)
+    for length in (70, 100, 135):
+        decode(compiled, [torch.randint(0, 126, (length,))], 40, Sampling(MASK, L, steps=2))
+    assert len(seen) == 3
+    assert seen[:2] == [64, L]
+    assert isinstance(seen[2], torch.SymInt)
+
+
+def test_what_is_kept_of_a_forward_is_not_its_own_memory() -> None:
+    """A CUDA graph writes to its outputs again when it runs again; a cache of 1 row may have any stride there."""
+    cache = DynamicCache()
+    own = cache.update(torch.randn(1, 2, 3, 4), torch.randn(1, 3, 2, 4).transpose(1, 2), 0)
+    keep(cache)
+    kept = (cache.layers[0].keys, cache.layers[0].values)
+    for before, after in zip(own, kept, strict=True):
+        assert torch.equal(before, after)
+        assert after.is_contiguous()
+        assert before.data_ptr() != after.data_ptr()
 
 
 def test_greedy_decoding_is_reproducible_bit_for_bit(tmp_path: Path) -> None:

@@ -146,8 +146,8 @@ NODE = fx.Graph().placeholder("roles")
     ("mask", "step", "method", "escapes", "reason"),
     [
         (NODE, None, ("dmoe", 0.6, 16), (), "an attention mask says which tokens are padding"),
-        (NODE, Step(NODE, 1), ("own", 0.0, 0), (), "an attention mask says which tokens are padding"),
-        (None, Step(NODE, 1), ("own", 0.0, 0), ("ids are returned",), "what it chooses leaves the layer"),
+        (NODE, Step(NODE, NODE, 1), ("own", 0.0, 0), (), "an attention mask says which tokens are padding"),
+        (None, Step(NODE, NODE, 1), ("own", 0.0, 0), ("ids are returned",), "what it chooses leaves the layer"),
     ],
     ids=["padding votes", "padding is denoised", "ids leave"],
 )

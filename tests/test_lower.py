@@ -43,7 +43,7 @@ def site() -> Site:
 
 @pytest.fixture
 def h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lower, "gpu_of", lambda device: GPUS["sm_90"])
+    monkeypatch.setattr(lower, "_target", lambda device: "sm_90")
 
 
 def on(site: Site, device: str, tokens: int = S, dtype: torch.dtype = torch.bfloat16) -> Site:
@@ -77,16 +77,34 @@ def test_exact_fp32_is_slower_than_half_precision(site: Site) -> None:
 
     An H100 does 295 of the one before reading is the shorter part, and 20 of the other.
     """
-    assert auto()._reason(on(site, "cuda", 400)) == ""
-    reason = auto()._reason(on(site, "cuda", 400, torch.float32))
+    assert auto()._size_reason(on(site, "cuda", 400)) == ""
+    reason = auto()._size_reason(on(site, "cuda", 400, torch.float32))
     assert reason == "with 400 tokens it is limited by arithmetic, not by reading weights"
-    assert auto(experts=True)._reason(on(site, "cuda", 400, torch.float32)) == ""
+    assert auto(experts=True)._size_reason(on(site, "cuda", 400, torch.float32)) == ""
 
 
 @pytest.mark.usefixtures("h100")
 def test_longer_forwards_than_the_kernels_take(site: Site) -> None:
-    many = MAX_TOKENS + 1
-    assert f"{many} tokens are more than the {MAX_TOKENS}" in auto()._reason(on(site, "cuda", many))
+    """A prompt may well be one: that is no error, even where the kernel is insisted on."""
+    many = on(site, "cuda", MAX_TOKENS + 1)
+    for how in ("auto", True):
+        found = auto(experts=how).bank(many)
+        assert isinstance(found, str)
+        assert f"{MAX_TOKENS + 1} tokens are more than the {MAX_TOKENS}" in found
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "spills"),
+    [("sm_75", torch.bfloat16, True), ("sm_80", torch.float32, False), ("sm_120", torch.bfloat16, False),
+     ("gfx942", torch.float32, False), ("gfx1201", torch.float32, True), ("gfx1201", torch.bfloat16, False)],
+)  # fmt: skip
+def test_a_gpu_whose_registers_the_kernels_do_not_fit(
+    site: Site, monkeypatch: pytest.MonkeyPatch, target: str, dtype: torch.dtype, spills: bool
+) -> None:
+    monkeypatch.setattr(lower, "_target", lambda device: target)
+    there = on(site, "cuda", dtype=dtype)
+    assert (f"would spill registers on {target}" in auto()._reason(there)) == spills
+    assert auto(experts=True)._reason(there) == ""
 
 
 def test_other_devices_have_no_kernel(site: Site) -> None:

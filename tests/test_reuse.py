@@ -180,6 +180,8 @@ _REFUSED = {
     "roles of others": (dict(roles=torch.zeros(7, 8, dtype=torch.int8)), r"roles must be .*got torch.int8 \[7, 8\]"),
     "rows that are no sequences": (dict(candidates=3), "8 rows are not sequences of candidates=3 rows each"),
     "no candidate": (dict(candidates=0), "candidates=0"),
+    "rows of another device": (dict(rows=torch.zeros(8, dtype=torch.int64, device="meta")), "rows must be on cpu"),
+    "roles of another device": (dict(roles=torch.zeros(8, 7, dtype=torch.int8, device="meta")), "roles must be on cpu"),
 }
 
 

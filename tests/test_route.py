@@ -283,6 +283,9 @@ UNSUPPORTED = {
     r"expert_scale must be .* got torch.int64 \[24\]": dict(expert_scale=torch.ones(24, dtype=torch.int64)),
     r"roles must be \[12\] int8, contiguous; got torch.int64": dict(roles=torch.zeros(12, dtype=torch.int64)),
     r"roles must be .* got torch.int8 \[1, 12\]": dict(roles=torch.zeros(1, 12, dtype=torch.int8)),
+    "logits, bias, scale and roles are on 2 devices: cpu, meta": dict(
+        roles=torch.zeros(12, dtype=torch.int8, device="meta")
+    ),
     "513 experts are more than 512": dict(logits=torch.rand(12, 513)),
     "0 tokens are not between 1 and 1024": dict(logits=torch.rand(0, 24), seq=0),
     "1025 tokens are not between 1 and 1024": dict(logits=torch.rand(1025, 24), seq=1025),

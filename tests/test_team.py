@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from dmoe_compile.passes.team import Options
+from dmoe_compile.passes.layouts import Layout
+from dmoe_compile.passes.team import Denoised, Options, add_step
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 from torch.testing import assert_close
 
 import dmoe_compile
@@ -36,6 +38,28 @@ def released_block(norm_topk_prob: bool) -> nn.Module:
     block.load_state_dict({name[2:]: tensor for name, tensor in CASE.items() if name.startswith("w.")})
     prepare(block)
     return block
+
+
+def test_a_model_over_several_gpus_has_the_step_on_each() -> None:
+    """A kernel reads what it is given as memory of its own GPU."""
+    graph, mode, layouts = fx.Graph(), FakeTensorMode(), []
+    for device in ("cuda:0", "cuda:1", "cuda:1"):
+        node = graph.placeholder("x")
+        with mode:
+            node.meta["val"] = torch.empty(2, 8, 4, device=device)
+        layouts.append(Layout(node, 2, 8, None))
+    graph.output(None)
+    steps = [layout.step for layout in add_step(graph, layouts, Denoised(0, candidates=1))]
+    for layout, step in zip(layouts, steps, strict=True):
+        assert layout.rows is not None
+        assert step is not None
+        for given, dtype in ((step.roles, torch.int8), (step.rows, torch.int64)):
+            value = given.meta["val"]
+            assert (value.device, value.dtype) == (layout.rows.meta["val"].device, dtype)
+    assert steps[1] is steps[2]
+    ops = [node.op for node in graph.nodes]
+    assert ops == sorted(ops, key=["placeholder", "call_function", "output"].index)
+    graph.lint()
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["renormalised", "not renormalised"])

@@ -372,7 +372,10 @@ def test_a_model_under_team() -> None:
     assert (ours[1] - model(**other).logits).abs().max() > 0.1  # decoded tokens were served
     (step,) = found.graphs
     assert [each.origin for each in step.mutated] == ["dmoe_stored_0"]
-    assert step.mutated[0].is_static
+    # Roles and rows are new tensors at every step: a CUDA graph that took their addresses for granted would be recorded
+    # anew each time.
+    ours_given = {each.origin: each.is_static for each in step.inputs if each.origin.startswith("dmoe_")}
+    assert ours_given == {"dmoe_roles": False, "dmoe_rows": False, "dmoe_stored_0": True}
     assert not faults(found)
 
 
