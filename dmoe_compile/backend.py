@@ -88,7 +88,8 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
         model: a module or a function.
         config: options; the default selects no pass.
         **torch_compile_kwargs: `fullgraph`, `dynamic`, `mode`, and `options` as a dict of flat keys, which
-            add to `config`.
+            add to `config`. `isolate_recompiles` is True: else Dynamo counts what it compiles of a model's code with
+            any options, and at the ninth (torch._dynamo.config.recompile_limit) runs it uncompiled.
 
     Raises:
         ValueError: for an option that Config refuses, or one given twice.
@@ -104,7 +105,8 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
     if merged.wants_traceable and isinstance(model, torch.nn.Module):
         for message in auto_prepare.prepare_or_say(model, merged):
             log.warning("%s", message)
-    return torch.compile(model, backend="dmoe", options=merged.to_options() or None, **torch_compile_kwargs)
+    how = {"isolate_recompiles": True, **torch_compile_kwargs}
+    return torch.compile(model, backend="dmoe", options=merged.to_options() or None, **how)
 
 
 def config_of(model: Any) -> Config | None:

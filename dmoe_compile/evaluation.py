@@ -175,13 +175,11 @@ class Decoder:
         }  # fmt: skip
         self.header: Row = json.loads(json.dumps(header))  # as a file gives it back
         self._block_length = length
-        # Each has a cache of its own: Dynamo counts what was compiled of a model's code, and gives up at a limit.
-        alone: Any = {"isolate_recompiles": True}
         self._counts = config is not None
         self._compiled: Any = (
-            torch.compile(loaded, **alone)
+            torch.compile(loaded, isolate_recompiles=True)  # type: ignore[call-overload]  # not in the stubs
             if config is None
-            else backend.compile(loaded, replace(config, stats=True), **alone)
+            else backend.compile(loaded, replace(config, stats=True))
         )
 
     def decode(self, group: Sequence[Problem]) -> Row:

@@ -144,6 +144,16 @@ def test_two_option_sets_of_one_model_live_side_by_side(x):
     assert torch.equal(all_experts(x), second)
 
 
+@torch.no_grad()
+def test_more_option_sets_than_dynamo_compiles_of_one_model(x):
+    """Else it runs the model itself from there on, and what is measured of the pass is the model."""
+    model, before = TinyMoE(), counters["dmoe"]["sites_rewritten"]
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in (3, 4, 5):
+            dmoe_compile.compile(model, Config.from_options({**QUICK, "dmoe.min_experts": size}))(x)
+    assert counters["dmoe"]["sites_rewritten"] - before == 3
+
+
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_every_mode(mode, x, handed):

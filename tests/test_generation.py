@@ -6,19 +6,23 @@ B: sequences; L: block length
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import pickle
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, TextStreamer
 
 import dmoe_compile
-from dmoe_compile import Config, Generated, generation
+from dmoe_compile import Config, Generated, decoding, generation
 from dmoe_compile.context import Denoising
 from dmoe_compile.stored import Stored
 from test_decoding import MASK, TEAM, case, load
@@ -230,6 +234,28 @@ def test_bad_arguments_are_refused(model: PreTrainedModel, kwargs: dict[str, Any
 def test_a_compiled_model_takes_no_config(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="config= is for a model that is not compiled yet"):
         generate(torch.compile(model, backend="dmoe"), prompt(4), config=Config())
+
+
+def test_a_model_is_compiled_once_for_each_config(model: PreTrainedModel) -> None:
+    """And beside what was compiled with others, however many: Dynamo's limit is for each alone."""
+    mine = [copy.deepcopy(model)]
+
+    def decode(mass: float) -> int:
+        config = Config.from_options({"passes": ["cover"], "cover.mass": mass, **ATEN})
+        generate(mine[0], prompt(20), max_new_tokens=8, config=config)
+        return counters["stats"]["unique_graphs"]
+
+    with torch._dynamo.config.patch(recompile_limit=1), patch.object(decoding, "_RECOMPILE_LIMIT", 1):
+        before = counters["stats"]["unique_graphs"]
+        assert [decode(mass) - before for mass in (0.6, 0.6, 0.8)] == [1, 1, 2]
+    known = mine[0].__dict__["_dmoe_compiled"]
+    assert len(known) == 2
+    assert copy.deepcopy(known) == pickle.loads(pickle.dumps(known)) == {}
+    seen = weakref.ref(mine.pop())
+    del known
+    torch._dynamo.reset()
+    gc.collect()
+    assert seen() is None
 
 
 def test_models_that_would_not_decode_as_asked_are_refused(model: PreTrainedModel) -> None:
