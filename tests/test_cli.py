@@ -79,11 +79,11 @@ USAGE_ERRORS = {
     "no such option": (["explain", "qwen3_moe", "--option", "dmoe.topp=0.5"], ["dmoe.topp", "dmoe.top_p"]),
     "no value": (["explain", "qwen3_moe", "--option", "stats"], ["'stats'", "KEY=VALUE"]),
     "passes as an option": (["explain", "qwen3_moe", "--option", "passes=dmoe"], ["--passes dmoe"]),
-    "no tokens": (["explain", "qwen3_moe", "--tokens", "0"], ["tokens is 0", "at least 1"]),
-    "no steps": (["bench", "diffusion-gemma", "--steps", "0"], ["steps is 0", "at least 1"]),
-    "no threads": (["demo", "--threads", "-1"], ["threads is -1", "at least 1"]),
+    "no tokens": (["explain", "qwen3_moe", "--tokens", "0"], ["tokens=0", "at least 1"]),
+    "no steps": (["bench", "diffusion-gemma", "--steps", "0"], ["steps=0", "at least 1"]),
+    "no threads": (["demo", "--threads", "-1"], ["threads=-1", "at least 1"]),
     "no folder for json": (["demo", "--json", "no/such/out.jsonl"], ["no/such", "make it first"]),
-    "no blocks": (["bench", "coresets", "--blocks", "0"], ["blocks is 0", "at least 1"]),
+    "no blocks": (["bench", "coresets", "--blocks", "0"], ["blocks=0", "at least 1"]),
     "no tokenizer": (["eval", "qwen3_moe"], ["qwen3_moe has no tokenizer", "give the folder of a whole checkpoint"]),
     "no problems": (["eval", "qwen3_moe", "--problems", "0"], ["problems=0", "at least 1"]),
     "no such skill": (["pareto", "qwen3_moe", "out", "--skills", "poetry"], ["'poetry'", "arithmetic, sorting"]),
@@ -96,7 +96,7 @@ USAGE_ERRORS = {
         ["generate", "phimoe", "--prompt-ids", "1,2", "--mask-token-id", "3", "--option", "experts=true"],
         ["experts=True, but", "can't have the fused kernel"],
     ),
-    "no layers": (["bench", "overhead", "--layers", "0"], ["layers is 0", "at least 1"]),
+    "no layers": (["bench", "overhead", "--layers", "0"], ["layers=0", "at least 1"]),
 }
 
 
