@@ -28,6 +28,7 @@ from dmoe_compile.cli_shared import (
     quiet,
     show,
     usage_errors,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def generate(
     """Decode prompts block by block with a KV cache, and stream each block as it is finished."""
     with usage_errors(json):
         from dmoe_compile import Config, decode_command
-        from dmoe_compile.bench import require_compiler, write_rows
+        from dmoe_compile.bench import require_compiler
 
         require_compiler()
         config = Config.from_options({"block_length": block_length, **backend_options(passes, option or [])})
@@ -182,8 +183,7 @@ def generate(
             row = decode_command.run(
                 source, config, how | {"max_new_tokens": max_new_tokens}, warm_up, trace, threads, json == "-"
             )
-    if json is not None:
-        write_rows([row], json)
+    write_json([row], json)
     typer.echo(decode_command.describe(row), err=True)
 
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dmoe_compile.bench import check_file, naming, write_rows
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.progress import Progress
@@ -61,13 +63,20 @@ def _literal(text: str) -> Any:
 @contextmanager
 def usage_errors(json: str | None) -> Iterator[None]:
     """Turn a ValueError, which says what the caller did, or a file's OSError into one line and exit code 2."""
+    with _one_line(ValueError, OSError):
+        if json not in (None, "-"):
+            check_file("--json", Path(json))
+        yield
+
+
+@contextmanager
+def _one_line(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of some kinds into one line and exit code 2."""
     try:
-        if json not in (None, "-") and not (folder := Path(json).parent).is_dir():  # said now, not after minutes
-            raise ValueError(f"--json {json}: there is no folder {folder}; make it first")
         yield
     except Exception as error:
         inner = getattr(error, "inner_exception", error)  # of the backend, which Dynamo wraps
-        if not isinstance(inner, ValueError | OSError):
+        if not isinstance(inner, kinds):
             raise
         typer.echo(f"dmoe: {str(inner).strip().splitlines()[0]}", err=True)
         raise typer.Exit(2) from error
@@ -99,14 +108,18 @@ def show(table: RenderableType, rows: list[Row], json: str | None, remarks: Iter
     """Print a table and remarks, and write rows where they were asked for."""
     from rich.console import Console
 
-    from dmoe_compile.bench import write_rows
-
     console = Console(stderr=json == "-")
     console.print(table)
     for remark in remarks:
         console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    write_json(rows, json)
+
+
+def write_json(rows: list[Row], json: str | None) -> None:
+    """Write rows where `--json` asked for them, if it did; a full disk is one line and exit code 2."""
     if json is not None:
-        write_rows(rows, json)
+        with _one_line(ValueError), naming("--json", json):
+            write_rows(rows, json)
 
 
 def fail(message: str) -> None:

@@ -80,8 +80,8 @@ def run(
         threads: CPU threads; torch's own choice if None.
         to_stderr: print there, so that standard output stays free.
     """
-    if trace is not None and not trace.parent.is_dir():  # said now, not after minutes
-        raise ValueError(f"--trace {trace}: there is no folder {trace.parent}; make it first")
+    if trace is not None:
+        bench.check_file("--trace", trace)
     bench.use_threads(threads)
     tokenizer = loading.load_tokenizer(source.model, source.trust_remote_code)
     prompts = source.tokens(tokenizer)  # before the model loads, which can take minutes

@@ -343,10 +343,9 @@ def _lines(file: Path) -> Run:
     """Return the whole lines of a file, none where there is no file.
 
     Raises:
-        ValueError: for a file of anything else, or a folder that is not there.
+        ValueError: for a file of anything else, or one that can't be written.
     """
-    if not file.parent.is_dir():
-        raise ValueError(f"--lines {file}: there is no folder {file.parent}; make it first")
+    bench.check_file("--lines", file)
     if not file.is_file():
         return []
     try:

@@ -83,6 +83,13 @@ USAGE_ERRORS = {
     "no steps": (["bench", "diffusion-gemma", "--steps", "0"], ["steps=0", "at least 1"]),
     "no threads": (["demo", "--threads", "-1"], ["threads=-1", "at least 1"]),
     "no folder for json": (["demo", "--json", "no/such/out.jsonl"], ["no/such", "make it first"]),
+    "a folder for json": (["explain", "qwen3_mo", "--json", "."], ["--json . is a folder", "name a file in it"]),
+    "no file for json": (["explain", "qwen3_mo", "--json", "/proc/rows"], ["--json /proc/rows", "name another file"]),
+    "a folder for lines": (["eval", "demo", "--lines", "."], ["--lines . is a folder", "name a file in it"]),
+    "a folder for the trace": (
+        ["generate", "qwen3_mo", "--prompt-ids", "1", "--trace", "."],
+        ["--trace . is a folder", "name a file in it"],
+    ),
     "no blocks": (["bench", "coresets", "--blocks", "0"], ["blocks=0", "at least 1"]),
     "no tokenizer": (["eval", "qwen3_moe"], ["qwen3_moe has no tokenizer", "give the folder of a whole checkpoint"]),
     "no problems": (["eval", "qwen3_moe", "--problems", "0"], ["problems=0", "at least 1"]),
@@ -108,6 +115,19 @@ def test_a_usage_error_is_one_line_and_exit_code_2(args, words):
     (line,) = result.stderr.splitlines()
     assert line.startswith("dmoe: ")
     assert [word for word in words if word not in line] == []
+
+
+def test_the_check_of_a_file_leaves_none_behind(tmp_path):
+    assert invoke("explain", "qwen3_mo", "--json", str(tmp_path / "rows.jsonl")).exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_full_disk_is_one_line_and_exit_code_2(explained):
+    result = invoke("explain", "mixtral", "--json", "/dev/full")
+    assert result.exit_code == 2
+    assert "sites" in result.stdout
+    assert result.stderr == "dmoe: --json /dev/full: No space left on device; name another file\n"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,29 @@ def write_rows(rows: Iterable[Mapping[str, Any]], destination: str) -> None:
         sys.stdout.flush()
     else:
         Path(destination).write_text(text)
+
+
+def check_file(option: str, path: Path) -> None:
+    """Raise ValueError where a file can't be written: said now, not after minutes. None is left behind."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file in it")
+    is_new = not path.exists()
+    if is_new or path.is_file():  # whoever reads a pipe would see its end
+        with naming(option, path), path.open("a"):
+            pass
+    if is_new:
+        path.unlink()
+
+
+@contextmanager
+def naming(option: str, path: Path | str) -> Iterator[None]:
+    """Say of which option's file an OSError is, as a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{option} {path}: {error.strerror}; name another file") from error
 
 
 def require_packages(extra: str, *names: str) -> None:
