@@ -23,7 +23,7 @@ from torch._inductor.custom_graph_pass import get_custom_graph_passes
 from torch._logging import trace_structured
 
 from dmoe_compile import auto_prepare, calibrate, experts, huge_pages
-from dmoe_compile.config import Config
+from dmoe_compile.config import Config, check_config
 from dmoe_compile.joint import JointPass
 from dmoe_compile.normalise import normalise
 from dmoe_compile.notices import Notices, forget, notices_of, say_how_to_select, unreadable
@@ -94,6 +94,7 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
     Raises:
         ValueError: for an option that Config refuses, or one given twice.
     """
+    check_config(config)
     given = dict(torch_compile_kwargs.pop("options", None) or {})
     mode = torch_compile_kwargs.pop("mode", None)
     if mode is not None:

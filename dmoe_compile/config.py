@@ -191,6 +191,12 @@ def check_int(name: str, value: object, what: str, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r} must be an integer of at least {least}: {what}")
 
 
+def check_config(config: object) -> None:
+    """Raise ValueError for what stands in place of a Config, None aside."""
+    if not isinstance(config, Config | None):
+        raise ValueError(f"config={config!r} must be a Config; Config.from_options({{...}}) makes one of a dict")
+
+
 def _check_inductor(options: Mapping[str, Any]) -> None:
     if not options:
         return

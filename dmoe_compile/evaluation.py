@@ -27,7 +27,7 @@ import torch
 
 from dmoe_compile import backend, bench, loading, problems
 from dmoe_compile.bench import Bar, Row, narrow_table
-from dmoe_compile.config import Config, check_int
+from dmoe_compile.config import Config, check_config, check_int
 from dmoe_compile.context import distinct
 from dmoe_compile.generation import PLAIN, generate
 from dmoe_compile.problems import Problem
@@ -162,6 +162,7 @@ class Decoder:
 
     def __init__(self, model: str, config: Config | None, settings: Settings, trust_remote_code: bool = False) -> None:
         """Load and compile: see evaluate(). Without a config it is stock Inductor, and no experts are counted."""
+        check_config(config)
         self._words = loading.need_tokenizer(model, trust_remote_code)
         self._settings = settings
         loaded, _ = loading.load_model(model, trust_remote_code)

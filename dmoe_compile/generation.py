@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dmoe_compile import backend, loading
-from dmoe_compile.config import Config, check_int
+from dmoe_compile.config import Config, check_config, check_int
 from dmoe_compile.decoding import Decoder, Forward
 from dmoe_compile.sampling import Sampling
 
@@ -127,6 +127,7 @@ def generate(
     Raises:
         ValueError: for arguments out of range, or a token id that is needed and not known.
     """
+    check_config(config)
     model, config = _runnable(model, config, counts=trace is not None)
     facts = _facts(model)
     stops = facts.get("eos_token_id") if eos_token_id is None else eos_token_id

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_leaves
 
 from dmoe_compile import auto_prepare, backend, loading, notices
-from dmoe_compile.config import Config
+from dmoe_compile.config import Config, check_config
 from dmoe_compile.passes.constrain import Outcome
 from dmoe_compile.passes.cost import formula
 from dmoe_compile.passes.policies import policy_names
@@ -144,6 +144,7 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
     Raises:
         ValueError: for weights on the meta device: what is counted takes values.
     """
+    check_config(config)
     loading.check_values(model)
     config = config or Config(passes=("dmoe",))
     if config.experts is True:  # what can't be fused is said, no error

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import dmoe_compile
-from dmoe_compile import Config
+from dmoe_compile import Config, evaluation
 from dmoe_compile.config import known_keys
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
@@ -154,6 +154,24 @@ def test_compile_refuses_before_any_call():
 def test_compile_refuses_an_option_given_twice(config, given):
     with pytest.raises(ValueError, match=r"(passes|mode): given in config and as an argument; give each once"):
         dmoe_compile.compile(nn.Linear(2, 2), config, **given)
+
+
+@pytest.mark.parametrize("config", [{"passes": ["dmoe"]}, {}, "dmoe"], ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [
+        dmoe_compile.compile,
+        lambda model, config: dmoe_compile.explain(model, torch.randn(1, 2), config=config),
+        lambda model, config: dmoe_compile.generate(model, torch.ones(1, 2, dtype=torch.int64), config=config),
+        lambda model, config: evaluation.evaluate("demo", config, evaluation.Settings()),
+    ],
+    ids=["compile", "explain", "generate", "evaluate"],
+)
+def test_a_dict_in_place_of_a_config_is_refused(call, config):
+    with pytest.raises(
+        ValueError, match=re.escape(f"config={config!r} must be a Config; Config.from_options({{...}})")
+    ):
+        call(nn.Linear(2, 2), config)
 
 
 @pytest.mark.parametrize("options", [{"passes": ["dmeo"]}, {"dmoe.top_p": 7.0}, {"max_autotune": 1}], ids=repr)
