@@ -17,6 +17,7 @@ import typer
 import dmoe_compile
 from dmoe_compile import cli_bench
 from dmoe_compile.cli_shared import (
+    BlockLength,
     Json,
     Options,
     Threads,
@@ -147,7 +148,7 @@ def generate(
     passes: Annotated[str, typer.Option(help="Passes to run, such as team,dmoe.")] = "",
     option: Options = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the longest answer.")] = 128,
-    block_length: Annotated[int, typer.Option(help="Tokens that are denoised together: the model's own unit.")] = 32,
+    block_length: BlockLength = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps of a block; as many as it has tokens.")] = None,
     threshold: Annotated[float, typer.Option(help="Tokens that are surer than this are committed at once.")] = 0.9,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
@@ -175,7 +176,7 @@ def generate(
         from dmoe_compile.bench import require_compiler
 
         require_compiler()
-        config = Config.from_options({"block_length": block_length, **backend_options(passes, option or [])})
+        config = Config.from_options(backend_options(passes, option or [], block_length))
         how = {"steps": steps, "threshold": threshold, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         how |= {"editing_threshold": editing_threshold, "mask_token_id": mask_token_id}
         source = decode_command.Source(model, prompt or [], prompt_ids or [], chat, trust_remote_code, seed)
@@ -205,7 +206,7 @@ def evaluate(
     batch: Annotated[int, typer.Option(help="Sequences that are decoded together.")] = 1,
     threshold: Annotated[float, typer.Option(help="Tokens that are surer than this are committed at once.")] = 0.9,
     max_new_tokens: Annotated[int, typer.Option(help="Length of the longest answer.")] = 64,
-    block_length: Annotated[int, typer.Option(help="Tokens that are denoised together: the model's own unit.")] = 32,
+    block_length: BlockLength = None,
     lines: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Keep answers here, as JSON lines; go on with what is there."),
@@ -224,7 +225,7 @@ def evaluate(
 
         require_compiler()
         require_packages("eval", "scipy")
-        config = Config.from_options({"block_length": block_length, **backend_options(passes, option or [])})
+        config = Config.from_options(backend_options(passes, option or [], block_length))
         settings = evaluation.Settings(problems, seed, names(skills) or None, batch, threshold, max_new_tokens)
         other = None if against is None else evaluation.read(against)
         if other is not None:

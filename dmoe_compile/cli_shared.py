@@ -28,6 +28,9 @@ Options = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the model code that lies in the folder.")
 ]
+BlockLength = Annotated[
+    int | None, typer.Option(show_default="32", help="Tokens that are denoised together: the model's own unit.")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; torch's own choice if left out.")]
 
 
@@ -36,8 +39,8 @@ def names(text: str | None) -> tuple[str, ...]:
     return () if text is None else tuple(name.strip() for name in text.split(","))
 
 
-def backend_options(passes: str, pairs: list[str]) -> dict[str, Any]:
-    """Return backend options from `--passes a,b` and `--option key=value`."""
+def backend_options(passes: str, pairs: list[str], block_length: int | None = None) -> dict[str, Any]:
+    """Return backend options from `--passes a,b`, `--option key=value` and `--block-length`."""
     options: dict[str, Any] = {"passes": [name.strip() for name in passes.split(",") if name.strip()]}
     for pair in pairs:
         key, equals, value = pair.partition("=")
@@ -46,6 +49,11 @@ def backend_options(passes: str, pairs: list[str]) -> dict[str, Any]:
         if key == "passes":
             raise ValueError(f"--option {pair!r}: passes have an option of their own, --passes {value}")
         options[key] = _literal(value)
+    if block_length is not None:
+        if "block_length" in options:
+            other = options["block_length"]
+            raise ValueError(f"--block-length {block_length} and --option block_length={other}: give one of them")
+        options["block_length"] = block_length
     return options
 
 

@@ -90,6 +90,14 @@ USAGE_ERRORS = {
         ["generate", "qwen3_mo", "--prompt-ids", "1", "--trace", "."],
         ["--trace . is a folder", "name a file in it"],
     ),
+    "two lengths of a block": (
+        ["generate", "qwen3_mo", "--block-length", "8", "--option", "block_length=16"],
+        ["--block-length 8", "--option block_length=16", "give one"],
+    ),
+    "two lengths of a block to evaluate": (
+        ["eval", "demo", "--block-length", "8", "--option", "block_length=8"],
+        ["--block-length 8", "--option block_length=8", "give one"],
+    ),
     "no blocks": (["bench", "coresets", "--blocks", "0"], ["blocks=0", "at least 1"]),
     "no tokenizer": (["eval", "qwen3_moe"], ["qwen3_moe has no tokenizer", "give the folder of a whole checkpoint"]),
     "no problems": (["eval", "qwen3_moe", "--problems", "0"], ["problems=0", "at least 1"]),
