@@ -164,10 +164,12 @@ VALUES = {
     "0.5": 0.5,
     "max-autotune": "max-autotune",
     "[1, 2]": [1, 2],
+    "{[1]: 2}": "{[1]: 2}",  # no dict: a list can't be a key
+    "(" * 5000: "(" * 5000,
 }
 
 
-@pytest.mark.parametrize(("text", "value"), VALUES.items())
+@pytest.mark.parametrize(("text", "value"), VALUES.items(), ids=[text[:20] for text in VALUES])
 def test_option_values_are_typed(text, value):
     parsed = backend_options("a, b", [f"key={text}"])
     assert parsed == {"passes": ["a", "b"], "key": value}
