@@ -1,7 +1,7 @@
 """The `dmoe` command: dmoe demo, doctor, explain, generate, eval, pareto, bench.
 
-Exit codes: 0 done; 1 a check failed, such as a coreset of all experts that changed a token; 2 what was asked
-for can't be done, with one line on standard error that says why.
+Exit codes: 0 done; 1 a check failed, such as a coreset of all experts that changed a token, or the reader of a pipe
+has closed it; 2 what was asked for can't be done, with one line on standard error that says why.
 With `--json -` standard output holds JSON lines alone; the table goes to standard error.
 """
 

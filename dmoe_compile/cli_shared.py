@@ -79,9 +79,14 @@ def usage_errors(json: str | None) -> Iterator[None]:
 
 @contextmanager
 def _one_line(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of some kinds into one line and exit code 2."""
+    """Turn errors of some kinds into one line and exit code 2.
+
+    Whoever closes a pipe has read enough: typer, and rich in a table, end with exit code 1 and without a word.
+    """
     try:
         yield
+    except BrokenPipeError:
+        raise
     except Exception as error:
         inner = getattr(error, "inner_exception", error)  # of the backend, which Dynamo wraps
         if not isinstance(inner, kinds):

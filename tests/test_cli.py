@@ -63,6 +63,35 @@ def test_colours_are_off_where_output_is_no_terminal(env, coloured):
     assert "\x1b[" not in done.stderr
 
 
+CLOSED_PIPES = {
+    "a table": "show('table', [], None)",
+    "JSON lines": "write_json([{'a': 1}], '-')",
+    "blocks": "print('block', flush=True)",
+}
+
+
+@pytest.mark.parametrize("writing", CLOSED_PIPES.values(), ids=CLOSED_PIPES)
+def test_a_closed_pipe_ends_a_command_quietly(writing):
+    script = f"""if True:
+        import typer
+        from dmoe_compile.cli_shared import show, usage_errors, write_json
+        app = typer.Typer()
+        @app.command()
+        def command():
+            input()  # until the pipe is closed
+            with usage_errors(None):
+                {writing}
+        app()
+    """
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-P", "-c", script], text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
+
+
 def test_help_does_not_wait_for_torch():
     script = "import sys; from dmoe_compile import cli; print(*{'torch', 'transformers', 'rich'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)

@@ -92,6 +92,8 @@ def naming(option: str, path: Path | str) -> Iterator[None]:
     """Say of which option's file an OSError is, as a ValueError."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise ValueError(f"{option} {path}: {error.strerror}; name another file") from error
 
