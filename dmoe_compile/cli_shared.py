@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -91,8 +92,17 @@ def _one_line(*kinds: type[Exception]) -> Iterator[None]:
         inner = getattr(error, "inner_exception", error)  # of the backend, which Dynamo wraps
         if not isinstance(inner, kinds):
             raise
-        typer.echo(f"dmoe: {str(inner).strip().splitlines()[0]}", err=True)
+        typer.echo(f"dmoe: {str(inner).strip().splitlines()[0]}{_way_out(inner)}", err=True)
         raise typer.Exit(2) from error
+
+
+def _way_out(error: Exception) -> str:
+    """Say what to do where Inductor's cache can't be written, of which torch fails on import; else nothing."""
+    cache, file = os.environ.get("TORCHINDUCTOR_CACHE_DIR"), getattr(error, "filename", None)
+    if not cache or not isinstance(file, str):
+        return ""
+    is_its = Path(file).is_relative_to(cache) or Path(cache).is_relative_to(file)
+    return "; set TORCHINDUCTOR_CACHE_DIR to a folder that can be written" if is_its else ""
 
 
 @contextmanager

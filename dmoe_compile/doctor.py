@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Literal
 
 from dmoe_compile.bench import Row, environment, narrow_table, release, require_compiler
@@ -21,6 +23,7 @@ _EXTRAS = {  # what each brings, and what it is for
     "lm-eval": (("lm_eval", "tqdm"), "dmoe_compile.harness"),
     "train": (("accelerate", "tokenizers"), "dmoe_compile.training, dmoe_compile.tuning"),
 }
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _ROOM_GB = 1.0  # free space for caches: compiled code of a large model takes some hundred MB
 
 
@@ -43,7 +46,10 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at everything; build the expert kernel if it was not built before, which takes some seconds."""
-    return [*_versions(), _backend(), _compiler(), *_devices(), _kernel(), _triton(), _caches(), *_extras()]
+    no_cache = _no_cache()
+    with _other_cache() if no_cache else nullcontext():  # torch._dynamo needs one to be imported
+        cache = no_cache or _cache()
+        return [*_versions(), _backend(), _compiler(), *_devices(), _kernel(), _triton(), cache, *_extras()]
 
 
 def rows(findings: list[Finding]) -> list[Row]:
@@ -118,16 +124,50 @@ def _triton() -> Finding:
     return Finding("expert kernel, GPU", "ok", f"triton {triton.__version__}")
 
 
-def _caches() -> Finding:
+def _no_cache() -> Finding | None:
+    """Say that the folder which the environment names for Inductor's cache can't be written, if that is so."""
+    folder = os.environ.get(_CACHE)
+    if not folder:
+        return None
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        found = f"{folder} can't be written: {error.strerror}"
+        return Finding("compile cache", "missing", found, f"set {_CACHE} to a folder that can be written")
+
+
+def _cache() -> Finding:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    folder = Path(cache_dir())
-    size = sum(each.stat().st_size for each in folder.rglob("*") if each.is_file())
+    folder = cache_dir()
+    size = sum(_bytes(os.path.join(path, name)) for path, _, names in os.walk(folder) for name in names)
     free = shutil.disk_usage(folder).free
     found = f"{folder}, {size / 1e6:.0f} MB, {free / 1e9:.0f} GB free"
     if free < _ROOM_GB * 1e9:
-        return Finding("compile cache", "note", found, "make room, or set TORCHINDUCTOR_CACHE_DIR to another disk")
+        return Finding("compile cache", "note", found, f"make room, or set {_CACHE} to another disk")
     return Finding("compile cache", "ok", found)
+
+
+def _bytes(file: str) -> int:
+    """Return the size of a file, 0 where it is gone by now: others may be compiling."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
+
+
+@contextmanager
+def _other_cache() -> Iterator[None]:
+    """Let Inductor keep its cache in a folder of its own for a while."""
+    own = os.environ[_CACHE]
+    with TemporaryDirectory() as folder:
+        os.environ[_CACHE] = folder
+        try:
+            yield
+        finally:
+            os.environ[_CACHE] = own
 
 
 def _extras() -> Iterator[Finding]:

@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
 import dmoe_compile
 from dmoe_compile import cli, demo
 from dmoe_compile.bench import diffusion_gemma, environment, overhead
-from dmoe_compile.cli_shared import backend_options
+from dmoe_compile.cli_shared import backend_options, usage_errors
 
 
 def invoke(*args):
@@ -152,6 +153,14 @@ def test_a_usage_error_is_one_line_and_exit_code_2(args, words):
     (line,) = result.stderr.splitlines()
     assert line.startswith("dmoe: ")
     assert [word for word in words if word not in line] == []
+
+
+@pytest.mark.parametrize("file", ["/proc/no", "/proc/no/such/ab/x.py"], ids=["made", "written"])
+def test_a_cache_that_can_t_be_written_is_said_with_the_way_out(monkeypatch, capsys, file):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/no/such")
+    with pytest.raises(typer.Exit), usage_errors(None):
+        raise FileNotFoundError(2, "No such file or directory", file)
+    assert "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written" in capsys.readouterr().err
 
 
 def test_the_check_of_a_file_leaves_none_behind(tmp_path):

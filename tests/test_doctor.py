@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,20 @@ def test_a_full_disk_is_a_note(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert finding.verdict == "note"
     assert str(tmp_path) in finding.found
     assert "TORCHINDUCTOR_CACHE_DIR" in finding.way_out
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a folder that even root can't write")
+def test_a_cache_that_can_t_be_written_is_said_with_all_else() -> None:
+    """In a process of its own: torch._dynamo fails on import where there is no cache."""
+    dmoe = str(Path(sys.executable).with_name("dmoe"))
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": "/proc/no/such", "CXX": "no-such-compiler"}  # builds no kernel
+    done = subprocess.run([dmoe, "doctor"], capture_output=True, text=True, env=env)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.endswith("dmoe: missing: C++ compiler, compile cache; see above\n")
+    words = " ".join(done.stdout.split())
+    assert "/proc/no/such can't be written" in words
+    assert "torch.compile knows" in words
+
+
+def test_a_file_that_is_gone_by_now_has_no_size(tmp_path: Path) -> None:
+    assert doctor._bytes(str(tmp_path / "gone")) == 0
