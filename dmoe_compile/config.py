@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -189,6 +189,12 @@ def check_int(name: str, value: object, what: str, least: int = 1) -> None:
     """Raise ValueError unless a value is an integer of at least `least`; True and False are none."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be an integer of at least {least}: {what}")
+
+
+def check_number(name: str, value: object, rule: str, holds: Callable[[float], bool]) -> None:
+    """Raise ValueError unless a value is a number for which a rule holds; True and False are none."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not holds(value):
+        raise ValueError(f"{name}={value!r} must be a number {rule}")
 
 
 def check_config(config: object) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -130,9 +130,7 @@ def generate(
     check_config(config)
     model, config = _runnable(model, config, counts=trace is not None)
     facts = _facts(model)
-    stops = facts.get("eos_token_id") if eos_token_id is None else eos_token_id
-    stops = stops.tolist() if isinstance(stops, Tensor) else stops
-    stops = (stops,) if isinstance(stops, int) else tuple(stops or ())
+    stops = _stops(facts, eos_token_id)
     length = _block_length(config, block_length)
     sampling = Sampling(
         mask_token_id=_mask_token(facts, mask_token_id),
@@ -147,6 +145,8 @@ def generate(
         eos_token_ids=stops,
     )
     check_int("max_new_tokens", max_new_tokens, "length of the longest answer")
+    if pad_token_id is not None:
+        check_int("pad_token_id", pad_token_id, "the id of a token", least=0)
     pad = facts.get("pad_token_id") if pad_token_id is None else pad_token_id
     if not isinstance(pad, int):  # some configs hold a list, or none
         pad = stops[0] if stops else sampling.mask_token_id
@@ -320,13 +320,25 @@ def _facts(model: Any) -> dict[str, Any]:
     return {name: value for name, value in pairs if value is not None}
 
 
+def _stops(facts: Mapping[str, Any], given: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Return the tokens that end an answer; those that are given must be ids."""
+    found = facts.get("eos_token_id") if given is None else given
+    found = found.tolist() if isinstance(found, Tensor) else found
+    if found is None:
+        return ()
+    stops = tuple(found) if isinstance(found, Iterable) and not isinstance(found, str) else (found,)
+    for stop in stops if given is not None else ():
+        check_int("eos_token_id", stop, "the id of a token, or a list of ids", least=0)
+    return stops
+
+
 def _mask_token(facts: Mapping[str, Any], given: int | None) -> int:
     found = facts.get("mask_token_id") if given is None else given
     if found is None:
         raise ValueError(
             "the model's config names no mask_token_id: pass mask_token_id=, such as tokenizer.mask_token_id"
         )
-    return int(found)
+    return found  # Sampling checks it
 
 
 def _block_length(config: Config | None, given: int | None) -> int:
@@ -340,6 +352,11 @@ def _block_length(config: Config | None, given: int | None) -> int:
 
 def _prompts(input_ids: Tensor, mask: Tensor | None, pad: int) -> tuple[Tensor, list[int]]:
     """Return prompts that begin in column 0, [B, longest], and their lengths."""
+    for name, given in (("input_ids", input_ids), ("attention_mask", mask)):
+        if not isinstance(given, Tensor) and (given is not None or name == "input_ids"):
+            raise ValueError(
+                f"{name} is of type {type(given).__name__}, but must be a tensor; torch.tensor() makes one"
+            )
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64 or not len(input_ids):
         kind = f"{str(input_ids.dtype).removeprefix('torch.')}{list(input_ids.shape)}"
         raise ValueError(f"input_ids is {kind}, but must be int64[B, S], one prompt a row")
@@ -378,6 +395,8 @@ def _writer(trace: str | Path | Write | None) -> Iterator[Write]:
         yield _no_trace
     elif callable(trace):
         yield trace
+    elif not isinstance(trace, str | Path):
+        raise ValueError(f"trace={trace!r} must name a file, or be a function that takes what is traced")
     else:
         with Path(trace).open("w") as file:
             yield lambda line: print(json.dumps(line, default=repr), file=file)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dmoe_compile.config import check_int
+from dmoe_compile.config import check_int, check_number
 
 
 @dataclass(frozen=True)
@@ -42,20 +42,20 @@ class Sampling:
         check_int("block_length", self.block_length, "the tokens that are denoised together; 32 is usual")
         check_int("steps", self.steps, "denoising steps of a block")
         check_int("max_post_steps", self.max_post_steps, "forwards of a block without masks", least=0)
-        if self.mask_token_id < 0:
-            raise ValueError(f"mask_token_id={self.mask_token_id!r} must be a token id")
-        if not 0 < self.threshold < math.inf:
-            raise ValueError(f"threshold={self.threshold!r} must be above 0 and finite: a probability; 0.9 is usual")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} must be at least 0, which is greedy, and finite")
+        check_int("mask_token_id", self.mask_token_id, "the id of a token", least=0)
+        check_number(
+            "threshold", self.threshold, "above 0 and finite: a probability; 0.9 is usual", lambda x: 0 < x < math.inf
+        )
+        check_number(
+            "temperature", self.temperature, "of at least 0, which is greedy, and finite", lambda x: 0 <= x < math.inf
+        )
         if self.top_k is not None:
             check_int("top_k", self.top_k, "tokens that a sample is drawn from; None draws from all")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p!r} must be in (0, 1], or None")
-        if self.editing_threshold is not None and not 0 < self.editing_threshold < math.inf:
-            raise ValueError(
-                f"editing_threshold={self.editing_threshold!r} must be above 0 and finite, or None not to edit"
-            )
+        if self.top_p is not None:
+            check_number("top_p", self.top_p, "in (0, 1], or None", lambda x: 0 < x <= 1)
+        if self.editing_threshold is not None:
+            rule = "above 0 and finite, or None not to edit"
+            check_number("editing_threshold", self.editing_threshold, rule, lambda x: 0 < x < math.inf)
 
 
 def scheduler_of(sampling: Sampling) -> Any:

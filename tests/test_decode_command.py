@@ -74,7 +74,7 @@ def test_batches_are_lines_of_their_rows(folder: Path) -> None:
         ((), "there is no prompt: give --prompt TEXT, or --prompt-ids 1,2,3"),
         (("--prompt-ids", "1,x"), "--prompt-ids 1,x: must be token ids"),
         (("--prompt-ids", "1", "--max-new-tokens", "0"), "max_new_tokens=0 must be an integer of at least 1"),
-        (("--prompt-ids", "1", "--temperature", "-1"), "temperature=-1.0 must be at least 0"),
+        (("--prompt-ids", "1", "--temperature", "-1"), "temperature=-1.0 must be a number of at least 0"),
         (("--prompt-ids", "1", "--passes", "tem"), "there is no pass 'tem'"),
         (("--prompt-ids", "1", "--trace", "no/such/file"), "there is no folder no/such"),
     ],

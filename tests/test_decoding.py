@@ -297,14 +297,14 @@ def test_distance_to_the_nearest_known_token() -> None:
     [
         ({"block_length": 0}, "block_length=0 must be an integer of at least 1"),
         ({"steps": True}, "steps=True"),
-        ({"threshold": 0}, "threshold=0 must be above 0"),
-        ({"threshold": float("inf")}, "threshold=inf must be above 0 and finite"),
-        ({"temperature": -1}, "temperature=-1 must be at least 0"),
-        ({"temperature": float("inf")}, "temperature=inf must be at least 0"),
-        ({"editing_threshold": float("inf")}, "editing_threshold=inf must be above 0"),
+        ({"threshold": 0}, "threshold=0 must be a number above 0"),
+        ({"threshold": float("inf")}, "threshold=inf must be a number above 0 and finite"),
+        ({"temperature": -1}, "temperature=-1 must be a number of at least 0"),
+        ({"temperature": float("inf")}, "temperature=inf must be a number of at least 0"),
+        ({"editing_threshold": float("inf")}, "editing_threshold=inf must be a number above 0"),
         ({"top_k": 0}, "top_k=0 must be an integer of at least 1"),
-        ({"top_p": 1.5}, r"top_p=1.5 must be in \(0, 1\]"),
-        ({"mask_token_id": -1}, "mask_token_id=-1 must be a token id"),
+        ({"top_p": 1.5}, r"top_p=1.5 must be a number in \(0, 1\]"),
+        ({"mask_token_id": -1}, "mask_token_id=-1 must be an integer of at least 0"),
     ],
 )
 def test_bad_sampling_is_refused(changes: dict[str, Any], message: str) -> None:

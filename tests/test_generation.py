@@ -121,7 +121,7 @@ def test_padding_and_finished_rows_are_told(model: PreTrainedModel, monkeypatch:
     monkeypatch.setattr(Denoising, "plain", lambda self, absent=None: (told.append(absent), plain(self, absent))[1])
     ids = torch.nn.utils.rnn.pad_sequence([prompt(5)[0], prompt(45)[0]], batch_first=True)
     mask = torch.arange(45) < torch.tensor([[5], [45]])
-    free = generate(model, ids, attention_mask=mask, max_new_tokens=40, pad_token_id=-1)  # what no model reads
+    free = generate(model, ids, attention_mask=mask, max_new_tokens=40, pad_token_id=1_000_000)  # what no model reads
     first, *blocks = told
     assert first is not None
     assert torch.equal(first, torch.tensor([[True] * 32, [False] * 32]))  # whole blocks of padding
@@ -212,7 +212,27 @@ def test_the_models_own_tokens_are_found(model: PreTrainedModel) -> None:
     [
         ({"mask_token_id": None}, r"names no mask_token_id: pass mask_token_id=, such as tokenizer\.mask_token_id"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer of at least 1"),
-        ({"threshold": -1}, "threshold=-1 must be above 0"),
+        ({"threshold": -1}, "threshold=-1 must be a number above 0"),
+        ({"threshold": None}, "threshold=None must be a number above 0"),
+        ({"temperature": "0"}, "temperature='0' must be a number of at least 0"),
+        ({"temperature": True}, "temperature=True must be a number of at least 0"),
+        ({"top_p": "0.9"}, r"top_p='0\.9' must be a number in \(0, 1\]"),
+        ({"editing_threshold": "0.9"}, r"editing_threshold='0\.9' must be a number above 0"),
+        ({"mask_token_id": "<mask>"}, "mask_token_id='<mask>' must be an integer of at least 0"),
+        ({"mask_token_id": 1.7}, r"mask_token_id=1\.7 must be an integer"),
+        ({"mask_token_id": True}, "mask_token_id=True must be an integer"),
+        (
+            {"eos_token_id": "</s>"},
+            "eos_token_id='</s>' must be an integer of at least 0: the id of a token, or a list",
+        ),
+        ({"eos_token_id": [None]}, "eos_token_id=None must be an integer"),
+        ({"eos_token_id": 1.5}, r"eos_token_id=1\.5 must be an integer"),
+        ({"pad_token_id": "x"}, "pad_token_id='x' must be an integer of at least 0"),
+        ({"pad_token_id": -5}, "pad_token_id=-5 must be an integer of at least 0"),
+        ({"trace": 5}, "trace=5 must name a file"),
+        ({"input_ids": None}, "input_ids is of type NoneType, but must be a tensor"),
+        ({"input_ids": [[1, 2]]}, "input_ids is of type list, but must be a tensor"),
+        ({"attention_mask": [[1] * 4]}, "attention_mask is of type list, but must be a tensor"),
         ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\], but must be as input_ids, \[1, 4\]"),
         ({"attention_mask": torch.tensor([[1, 0, 1, 1]])}, "attention_mask has a hole in row 0"),
         ({"input_ids": torch.ones(4, dtype=torch.int64)}, r"input_ids is int64\[4\], but must be int64\[B, S\]"),
