@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dmoe_compile import backend, bench, loading
 from dmoe_compile.bench import Row
-from dmoe_compile.config import Config
+from dmoe_compile.config import Config, check_int
 from dmoe_compile.generation import generate
+from dmoe_compile.sampling import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,9 @@ class Source:
     chat: bool = True
     trust_remote_code: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        bench.check_seed(self.seed)
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase | None) -> list[Tensor]:
         """Return each prompt's ids.
@@ -80,6 +84,9 @@ def run(
         threads: CPU threads; torch's own choice if None.
         to_stderr: print there, so that standard output stays free.
     """
+    given = {name: value for name, value in how.items() if value is not None}
+    check_int("max_new_tokens", given.pop("max_new_tokens"), "length of the longest answer")
+    Sampling(**{"mask_token_id": 0, "block_length": config.block_length, **given})  # said now, not after minutes
     if trace is not None:
         bench.check_file("--trace", trace)
     bench.use_threads(threads)

@@ -32,6 +32,7 @@ from dmoe_compile.context import distinct
 from dmoe_compile.generation import PLAIN, generate
 from dmoe_compile.problems import Problem
 from dmoe_compile.report import explain
+from dmoe_compile.sampling import Sampling
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -63,6 +64,7 @@ class Settings:
         check_int("problems", self.problems, "how many are decoded")
         check_int("batch", self.batch, "sequences that are decoded together")
         check_int("max_new_tokens", self.max_new_tokens, "length of the longest answer")
+        Sampling(mask_token_id=0, threshold=self.threshold)  # which knows what is wrong with a threshold
         next(problems.draw("test", self.seed, self.skills))  # which knows what is wrong with a skill
 
     def groups(self) -> list[list[Problem]]:

@@ -126,11 +126,13 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     """Return the tokenizer of a local checkpoint folder, None where there is none.
 
     Raises:
-        ValueError: where it does not load.
+        ValueError: where it does not load, or there is neither such a folder nor such a model type.
     """
     from transformers import AutoTokenizer
 
     folder = folder_of(source)
+    if not folder.is_dir():
+        _check_type(source)
     if not any(folder.glob("tokenizer*")):
         return None
     try:
@@ -209,11 +211,7 @@ def _tiny(model_type: str, seed: int) -> tuple[PreTrainedModel, str]:
     """Build a model type with its default routing (E, k, groups, ...) and everything else shrunk."""
     from transformers import CONFIG_MAPPING
 
-    if model_type not in CONFIG_MAPPING:
-        if "/" in model_type:
-            raise ValueError(f"{model_type} is no local folder; nothing is downloaded, so fetch the checkpoint first")
-        near = difflib.get_close_matches(model_type, CONFIG_MAPPING, n=3) or ["qwen3_moe", "diffusion_gemma"]
-        raise ValueError(f"{model_type!r} is no local folder and no transformers model type; near: {', '.join(near)}")
+    _check_type(model_type)
     try:
         config = _tiny_config(CONFIG_MAPPING[model_type])
         cls = _model_class(type(config))
@@ -230,6 +228,22 @@ def _tiny(model_type: str, seed: int) -> tuple[PreTrainedModel, str]:
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise ValueError(f"{model_type} cannot be built tiny ({reason}); give a checkpoint folder") from error
     return model, f"tiny random {model_type}: {size / 1e6:.1f} M parameters, routing as in the default config"
+
+
+def _check_type(source: str) -> None:
+    """Raise ValueError where what is no folder is no model type of transformers either."""
+    from transformers import CONFIG_MAPPING
+
+    if source in CONFIG_MAPPING:
+        return
+    if Path(source).is_file():
+        raise ValueError(f"{source} is a file; name the folder of the checkpoint that it belongs to")
+    if source.startswith(("/", ".")):
+        raise ValueError(f"there is no folder {source}")
+    if "/" in source:
+        raise ValueError(f"{source} is no local folder; nothing is downloaded, so fetch the checkpoint first")
+    near = difflib.get_close_matches(source, CONFIG_MAPPING, n=3) or ["qwen3_moe", "diffusion_gemma"]
+    raise ValueError(f"{source!r} is no local folder and no transformers model type; near: {', '.join(near)}")
 
 
 def _tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 
+from dmoe_compile import loading
 from test_cli import invoke
 from test_decoding import MASK, load
 from test_pipelines import tokenizer
@@ -84,6 +85,26 @@ def test_usage_errors(folder: Path, args: tuple[str, ...], words: str) -> None:
     assert result.exit_code == 2
     assert result.stdout == ""
     assert words in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("--max-new-tokens", "0"), "max_new_tokens=0"),
+        (("--threshold", "0"), "threshold=0.0"),
+        (("--temperature", "-1"), "temperature=-1.0"),
+        (("--steps", "0"), "steps=0"),
+        (("--top-k", "0"), "top_k=0"),
+        (("--top-p", "2"), "top_p=2.0"),
+    ],
+)
+def test_numbers_are_looked_at_before_a_model_loads(
+    monkeypatch: pytest.MonkeyPatch, args: tuple[str, ...], words: str
+) -> None:
+    monkeypatch.delattr(loading, "load_model")
+    result = invoke("generate", "qwen3_moe", "--prompt-ids", "1", *args)
+    assert result.exit_code == 2
+    assert words in result.stderr
 
 
 def test_a_model_type_has_no_tokenizer() -> None:

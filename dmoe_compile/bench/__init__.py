@@ -182,6 +182,13 @@ def check_threads(threads: int | None) -> None:
         check_int("threads", threads, "CPU threads")
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError for what torch can't take as a seed."""
+    from dmoe_compile.config import check_number
+
+    check_number("seed", seed, "in [-2**63, 2**64), which torch takes", lambda x: -(2**63) <= x < 2**64)
+
+
 def check_names(name: str, given: Iterable[str], known: Iterable[str]) -> None:
     """Raise ValueError where a value is given that is not known."""
     for value in given:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from dmoe_compile.backend import dmoe
-from dmoe_compile.bench import Bar, Row, check_names, check_threads, describe, environment
+from dmoe_compile.bench import Bar, Row, check_names, check_seed, check_threads, describe, environment
 from dmoe_compile.config import check_int
 from dmoe_compile.loading import VISION
 from dmoe_compile.runtime import routing_stats
@@ -113,6 +113,7 @@ class Settings:
         check_int("steps", self.steps, "denoising steps of a canvas")
         check_int("repeats", self.repeats, "timed decodings of each way")
         check_threads(self.threads)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
