@@ -98,6 +98,8 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
     given = dict(torch_compile_kwargs.pop("options", None) or {})
     mode = torch_compile_kwargs.pop("mode", None)
     if mode is not None:
+        if "mode" in given:
+            raise ValueError("mode: given in options and as an argument; give each once")
         given["mode"] = mode
     base = (config or Config()).to_options()
     if twice := sorted(base.keys() & given.keys()):

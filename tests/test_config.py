@@ -156,6 +156,11 @@ def test_compile_refuses_an_option_given_twice(config, given):
         dmoe_compile.compile(nn.Linear(2, 2), config, **given)
 
 
+def test_compile_refuses_a_mode_given_twice():
+    with pytest.raises(ValueError, match="mode: given in options and as an argument; give each once"):
+        dmoe_compile.compile(nn.Linear(2, 2), mode="default", options={"mode": "max-autotune"})
+
+
 @pytest.mark.parametrize("config", [{"passes": ["dmoe"]}, {}, "dmoe"], ids=repr)
 @pytest.mark.parametrize(
     "call",
