@@ -133,7 +133,10 @@ class Config:
             elif policy in pass_names() and name:
                 fields.setdefault(policy, {})[name] = value
             else:
-                inductor[key.replace("-", "_")] = value
+                name = key.replace("-", "_")
+                if name in _OWN:  # Inductor's keys alone have two spellings, torch's own
+                    raise ValueError(f"{key}={value!r}: there is no such option; the nearest is {name}")
+                inductor[name] = value
         policies = {policy: _policy_options(policy, values) for policy, values in fields.items()}
         return cls(**own, policies=policies, inductor=inductor)
 

@@ -77,6 +77,7 @@ def test_inductor_options_are_handed_on_in_either_spelling():
 # What is wrong, and what the message must hold: the value as it was given, and the rule or the nearest names.
 WRONG = {
     "unknown key": ({"pases": ["dmoe"]}, "pases=['dmoe']", "nearest", "passes"),
+    "a key of ours with a dash": ({"block-length": 8}, "block-length=8", "nearest is block_length"),
     "unknown Inductor key": ({"max_autotunee": True}, "max_autotunee=True", "nearest", "max_autotune"),
     "unknown policy": ({"dmoee.top_p": 0.5}, "dmoee.top_p=0.5", "nearest", "dmoe.top_p"),
     "unknown policy field": ({"dmoe.topp": 0.5}, "dmoe.topp=0.5", "nearest", "dmoe.top_p"),
