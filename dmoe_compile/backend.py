@@ -22,8 +22,8 @@ from torch._dynamo.eval_frame import innermost_backend
 from torch._inductor.custom_graph_pass import get_custom_graph_passes
 from torch._logging import trace_structured
 
-from dmoe_compile import auto_prepare, calibrate, experts, huge_pages
-from dmoe_compile.config import Config, check_config
+from dmoe_compile import auto_prepare, calibrate, experts, huge_pages, loading
+from dmoe_compile.config import Config, check_config, check_options
 from dmoe_compile.joint import JointPass
 from dmoe_compile.normalise import normalise
 from dmoe_compile.notices import Notices, forget, notices_of, say_how_to_select, unreadable
@@ -92,10 +92,13 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
             any options, and at the ninth (torch._dynamo.config.recompile_limit) runs it uncompiled.
 
     Raises:
-        ValueError: for an option that Config refuses, or one given twice.
+        ValueError: for an option that Config refuses, or one given twice; for what is no model.
     """
+    loading.check_model(model)
     check_config(config)
-    given = dict(torch_compile_kwargs.pop("options", None) or {})
+    options = torch_compile_kwargs.pop("options", None)
+    check_options(options)
+    given = dict(options or {})
     mode = torch_compile_kwargs.pop("mode", None)
     if mode is not None:
         if "mode" in given:

@@ -156,7 +156,9 @@ def _give_back_freed_memory() -> None:
 
 
 def _own(model: nn.Module) -> nn.Module:
-    return getattr(model, "_orig_mod", model)
+    if not isinstance(own := getattr(model, "_orig_mod", model), nn.Module):
+        raise ValueError(f"{model!r} is no module: give the model itself, or what torch.compile() returned for it")
+    return own
 
 
 # Experts in a list.

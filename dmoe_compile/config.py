@@ -121,6 +121,7 @@ class Config:
         Raises:
             ValueError: for a key that is none of these; it names the nearest ones.
         """
+        check_options(options)
         own: dict[str, Any] = {}
         fields: dict[str, dict[str, Any]] = {}
         inductor: dict[str, Any] = {}
@@ -206,6 +207,12 @@ def check_config(config: object) -> None:
         raise ValueError(f"config={config!r} must be a Config; Config.from_options({{...}}) makes one of a dict")
 
 
+def check_options(options: object) -> None:
+    """Raise ValueError for what stands in place of a dict of option keys, None aside."""
+    if not isinstance(options, Mapping | None):
+        raise ValueError(f"options={options!r} must be a dict of option keys, such as {{'passes': ['dmoe']}}")
+
+
 def _check_inductor(options: Mapping[str, Any]) -> None:
     if not options:
         return
@@ -214,7 +221,7 @@ def _check_inductor(options: Mapping[str, Any]) -> None:
     known = set(list_options())
     for key, value in options.items():
         if key not in known:
-            raise ValueError(f"{key}={value!r}: there is no such option; {_nearest(key, known_keys())}")
+            raise ValueError(f"{key}={value!r}: there is no such option; {_nearest(str(key), known_keys())}")
         expected = config.get_type(key)  # type: ignore[attr-defined]  # installed by torch's config module patch
         if isinstance(expected, type) and not isinstance(value, expected):
             raise ValueError(f"{key}={value!r} must be of type {expected.__name__}, not {type(value).__name__}")

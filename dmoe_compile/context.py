@@ -29,6 +29,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from dmoe_compile.config import check_int
+from dmoe_compile.masks import check_finished, size_of
 from dmoe_compile.passes.limit import COLD, DECODED, HOT, IDLE
 from dmoe_compile.stored import Store, Stored
 
@@ -201,11 +203,11 @@ class Denoising:
                 "another decoding context was entered after this one, and would take the next forward; leave it first, "
                 "or let decodings take turns with context.run(model, ...), which enters nothing"
             )
-        size = _size(shape=shape, decoded=decoded, cold=cold)
-        if candidates < 1 or offset < 0:
-            raise ValueError(f"candidates={candidates} must be at least 1, and offset={offset} at least 0")
-        if finished is not None and (finished.shape != size[:1] or finished.dtype != torch.bool):
-            raise ValueError(f"finished is {_describe(finished)}, but must be bool[{size[0]}], one for each sequence")
+        size = size_of(shape=shape, decoded=decoded, cold=cold)
+        check_int("candidates", candidates, "rows of each sequence")
+        check_int("offset", offset, "position of the first token of the rows", least=0)
+        if finished is not None:
+            check_finished(finished, size[0])
         if self._step is not None and self._step.candidates > 1 and self._choice is None:
             raise RuntimeError("the last step had several candidates: accept() must say which one goes on")
         device = next((mask.device for mask in (decoded, cold, finished) if mask is not None), None)
@@ -234,7 +236,7 @@ class Denoising:
             ValueError: for a mask of another dtype or shape.
         """
         if absent is not None:
-            _size(shape=None, absent=absent)
+            size_of(shape=None, absent=absent)
         self._number += 1
         self._step = self._choice = None
         if absent is not None:
@@ -372,23 +374,6 @@ def _merged(pieces: Sequence[tuple[Sequence[str], Tensor]]) -> dict[str, int]:
     """Return what the graphs of one forward counted, by site."""
     unique = [count for _, counts in pieces for count in counts[:, 0].tolist()]
     return dict(zip(distinct(name for names, _ in pieces for name in names), unique, strict=True))
-
-
-def _size(*, shape: tuple[int, int] | None, **given: Tensor | None) -> tuple[int, int]:
-    """Return B and S, of which all that was given must speak alike."""
-    masks = {name: mask for name, mask in given.items() if mask is not None}
-    for name, mask in masks.items():
-        if mask.dim() != 2 or mask.dtype != torch.bool:
-            raise ValueError(f"{name} is {_describe(mask)}, but must be bool[B, S]: a token of a sequence each")
-    sizes = {tuple(mask.shape) for mask in masks.values()} | ({tuple(shape)} if shape is not None else set())
-    if len(sizes) != 1:
-        raise ValueError(f"{', '.join(given)} and shape must say one (B, S), but say {sorted(sizes)}")
-    (size,) = sizes
-    return size[0], size[1]
-
-
-def _describe(mask: Tensor) -> str:
-    return f"{str(mask.dtype).removeprefix('torch.')}{list(mask.shape)}"
 
 
 def _here() -> tuple[int, object]:

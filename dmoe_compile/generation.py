@@ -350,7 +350,7 @@ def _block_length(config: Config | None, given: int | None) -> int:
     return own if given is None else given
 
 
-def _prompts(input_ids: Tensor, mask: Tensor | None, pad: int) -> tuple[Tensor, list[int]]:
+def _prompts(input_ids: Any, mask: Any, pad: int) -> tuple[Tensor, list[int]]:
     """Return prompts that begin in column 0, [B, longest], and their lengths."""
     for name, given in (("input_ids", input_ids), ("attention_mask", mask)):
         if not isinstance(given, Tensor) and (given is not None or name == "input_ids"):

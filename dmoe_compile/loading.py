@@ -153,6 +153,12 @@ def need_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     return found
 
 
+def check_model(model: object) -> None:
+    """Raise ValueError for what can't be called, such as a model's name."""
+    if not callable(model):
+        raise ValueError(f"{model!r} is no model: give a module, or a function as torch.compile takes")
+
+
 def check_values(model: Any) -> None:
     """Raise ValueError where a module has weights on the meta device."""
     if isinstance(model, torch.nn.Module) and any(weight.is_meta for weight in model.parameters()):

@@ -49,8 +49,6 @@ class StepCallback(PipelineCallback):
 
     def __init__(self, pipe: Any) -> None:
         super().__init__()
-        self.pipe, self.model = pipe, pipe.model
-        self.team = _team_of(self.model)
         followers = {"LLaDA2Pipeline": _Blocks, "DiffusionGemmaPipeline": _Canvas}
         kind = next((each.__name__ for each in type(pipe).__mro__ if each.__name__ in followers), None)
         if kind is None:
@@ -58,6 +56,8 @@ class StepCallback(PipelineCallback):
                 f"{type(pipe).__name__} is no pipeline that TEAM is defined for: {' and '.join(followers)} are. In a "
                 "loop of your own describe each forward with dmoe_compile.denoising()"
             )
+        self.pipe, self.model = pipe, pipe.model
+        self.team = _team_of(self.model)
         self.follower: _Follower = followers[kind](self.team)
         self.context = Denoising()
         self._hooks: list[Any] = []

@@ -142,9 +142,10 @@ def explain(model: Any, *args: Any, config: Config | None = None, verify: bool =
         **kwargs: its keyword inputs.
 
     Raises:
-        ValueError: for weights on the meta device: what is counted takes values.
+        ValueError: for weights on the meta device: what is counted takes values; for what is no model.
     """
     check_config(config)
+    loading.check_model(model)
     loading.check_values(model)
     config = config or Config(passes=("dmoe",))
     if config.experts is True:  # what can't be fused is said, no error

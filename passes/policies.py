@@ -106,8 +106,8 @@ def _installed() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def _checked(name: str, policy: Any) -> Policy:
-    if not name.isidentifier():
+def _checked(name: Any, policy: Any) -> Policy:
+    if not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"{name!r} can't name a policy: option keys are <name>.<field>, so it must be an identifier")
     options = getattr(policy, "Options", None)
     if not isinstance(options, type) or not dataclasses.is_dataclass(options):

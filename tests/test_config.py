@@ -162,6 +162,34 @@ def test_compile_refuses_a_mode_given_twice():
         dmoe_compile.compile(nn.Linear(2, 2), mode="default", options={"mode": "max-autotune"})
 
 
+NO_MODELS = {
+    "compile None": lambda: dmoe_compile.compile(None),
+    "explain None": lambda: dmoe_compile.explain(None),
+    "explain a name": lambda: dmoe_compile.explain("qwen3_moe"),
+    "prepare None": lambda: dmoe_compile.prepare(None),
+    "prepare a name": lambda: dmoe_compile.prepare("qwen3_moe"),
+    "unprepare None": lambda: dmoe_compile.unprepare(None),
+}
+
+
+@pytest.mark.parametrize("call", NO_MODELS.values(), ids=NO_MODELS)
+def test_what_is_no_model_is_refused(call):
+    with pytest.raises(ValueError, match=r"^(None|'qwen3_moe') is no (model|module): give"):
+        call()
+
+
+@pytest.mark.parametrize("options", [5, ["passes"], "dmoe"], ids=repr)
+def test_options_are_a_dict(options):
+    for call in (Config.from_options, lambda options: dmoe_compile.compile(nn.Linear(2, 2), options=options)):
+        with pytest.raises(ValueError, match=re.escape(f"options={options!r} must be a dict")):
+            call(options)
+
+
+def test_a_key_of_inductor_is_text():
+    with pytest.raises(ValueError, match="1=2: there is no such option"):
+        Config(inductor={1: 2})
+
+
 @pytest.mark.parametrize("config", [{"passes": ["dmoe"]}, {}, "dmoe"], ids=repr)
 @pytest.mark.parametrize(
     "call",

@@ -176,7 +176,11 @@ def test_absent_tokens_do_not_vote(passes: list[str]) -> None:
 
 
 def test_what_is_absent_is_a_mask() -> None:
-    for wrong, message in ((SOME.int(), r"absent is int32\[2, 8\]"), (SOME[0], r"absent is bool\[8\], but must be")):
+    for wrong, message in (
+        (SOME.int(), r"absent is int32\[2, 8\]"),
+        (SOME[0], r"absent is bool\[8\], but must be"),
+        (True, "absent is of type bool"),
+    ):
         with pytest.raises(ValueError, match=message):
             dmoe_compile.denoising().plain(wrong)
 
@@ -316,8 +320,16 @@ def test_the_accepted_candidate_goes_on(candidates: int) -> None:
         ({"cold": SOME[0]}, r"cold is bool\[8\], but must be"),
         ({"decoded": SOME, "cold": SOME[:, :4]}, r"must say one \(B, S\), but say \[\(2, 4\), \(2, 8\)\]"),
         ({}, r"must say one \(B, S\), but say \[\]"),
-        ({"shape": SIZE, "candidates": 0}, "candidates=0 must be at least 1"),
-        ({"shape": SIZE, "offset": -1}, "offset=-1 at least 0"),
+        ({"shape": SIZE, "candidates": 0}, "candidates=0 must be an integer of at least 1"),
+        ({"shape": SIZE, "offset": -1}, "offset=-1 must be an integer of at least 0"),
+        ({"shape": SIZE, "candidates": "2"}, "candidates='2' must be an integer"),
+        ({"shape": SIZE, "offset": None}, "offset=None must be an integer"),
+        ({"shape": 5}, r"shape=5 must be \(B, S\)"),
+        ({"shape": (1,)}, r"shape=\(1,\) must be \(B, S\)"),
+        ({"shape": (1, 0)}, "shape=0 must be an integer of at least 1"),
+        ({"shape": (1.5, 4)}, r"shape=1\.5 must be an integer"),
+        ({"decoded": [[True]]}, r"decoded is of type list, but must be bool\[B, S\]"),
+        ({"shape": SIZE, "finished": True}, r"finished is of type bool, but must be bool\[2\]"),
         ({"shape": SIZE, "finished": SOME[0]}, r"finished is bool\[8\], but must be bool\[2\]"),
     ],
 )

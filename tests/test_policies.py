@@ -300,6 +300,11 @@ def test_what_is_no_policy_is_refused(name: str) -> None:
     assert name == "dmoe" or name not in policy_names()
 
 
+def test_a_policys_name_is_text() -> None:
+    with pytest.raises(ValueError, match="5 can't name a policy"):
+        dmoe_compile.register_policy(5, dmoe)
+
+
 def test_two_coreset_methods_are_an_error_that_says_why() -> None:
     with pytest.raises(ValueError, match=r"'dmoe' and 'des' each choose the coreset of a block"):
         Config(passes=("dmoe", "des"))

@@ -160,6 +160,8 @@ def test_other_pipelines_are_refused_by_name() -> None:
 
     with pytest.raises(ValueError, match=r"SomePipeline is no pipeline that TEAM is defined for: LLaDA2Pipeline and"):
         dmoe_compile.StepCallback(SomePipeline())
+    with pytest.raises(ValueError, match="NoneType is no pipeline"):
+        dmoe_compile.StepCallback(None)
 
 
 def test_a_model_without_the_pass_is_refused() -> None:
