@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from dmoe_compile.passes.policies import pass_names, pass_options, policy_names
+
+log = logging.getLogger(__name__)
 
 Scope = Literal["block", "batch"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite"]
@@ -139,7 +143,12 @@ class Config:
                     raise ValueError(f"{key}={value!r}: there is no such option; the nearest is {name}")
                 inductor[name] = value
         policies = {policy: _policy_options(policy, values) for policy, values in fields.items()}
-        return cls(**own, policies=policies, inductor=inductor)
+        config = cls(**own, policies=policies, inductor=inductor)
+        for policy, values in fields.items():
+            if policy not in config.passes and policy not in config.selected:
+                first = next(iter(values))
+                _say_unused(f"{policy}.{first}={values[first]!r}", policy, config.passes)
+        return config
 
     def to_options(self) -> dict[str, Any]:
         """Return the flat option keys that differ from the defaults: what torch.compile's `options=` takes."""
@@ -150,6 +159,15 @@ class Config:
         for policy, options in self.policies.items():
             flat |= {f"{policy}.{name}": value for name, value in dataclasses.asdict(options).items()}
         return flat | dict(self.inductor)
+
+
+@functools.cache  # once: a config is read at every graph
+def _say_unused(option: str, policy: str, passes: tuple[str, ...]) -> None:
+    """Warn of an option that does nothing; no error, as options are often shared by runs with and without a pass."""
+    log.warning(
+        "%s is of the pass %r, which passes=%s does not run; add it to passes or leave the option out",
+        option, policy, list(passes),
+    )  # fmt: skip
 
 
 def known_keys() -> list[str]:

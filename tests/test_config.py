@@ -12,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import dmoe_compile
 from dmoe_compile import Config, evaluation
-from dmoe_compile.config import known_keys
+from dmoe_compile.config import _say_unused, known_keys
 
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs", "lite")
 
@@ -67,6 +67,23 @@ def test_a_selected_pass_without_options_runs_with_its_defaults():
     chosen = Config.from_options({"passes": ["dmoe"], "dmoe.top_p": 0.8}).selected
     assert chosen == {"dmoe": Options(top_p=0.8)}
     assert Config.from_options({"dmoe.top_p": 0.8}).selected == {}  # options alone select nothing
+
+
+@pytest.mark.parametrize("passes", [[], ["cover"]], ids=repr)
+def test_options_of_a_pass_that_does_not_run_are_said_once(caplog, passes):
+    _say_unused.cache_clear()
+    for _ in range(2):
+        Config.from_options({"passes": passes, "dmoe.top_p": 0.25, "dmoe.min_experts": 3})
+    (record,) = caplog.records
+    words = "dmoe.top_p=0.25 is of the pass 'dmoe', which passes={!r} does not run; add it to passes or leave"
+    assert words.format(passes) in record.getMessage()
+
+
+@pytest.mark.parametrize("passes", ["auto", ["auto"], ["team", "cover"]], ids=repr)
+def test_options_of_a_pass_that_runs_are_not_spoken_of(caplog, passes):
+    _say_unused.cache_clear()
+    Config.from_options({"passes": passes, "cover.mass": 0.5})
+    assert caplog.records == []
 
 
 def test_inductor_options_are_handed_on_in_either_spelling():
