@@ -127,6 +127,7 @@ def generate(
     Raises:
         ValueError: for arguments out of range, or a token id that is needed and not known.
     """
+    loading.check_model(model)
     check_config(config)
     model, config = _runnable(model, config, counts=trace is not None)
     facts = _facts(model)

@@ -183,6 +183,7 @@ NO_MODELS = {
     "compile None": lambda: dmoe_compile.compile(None),
     "explain None": lambda: dmoe_compile.explain(None),
     "explain a name": lambda: dmoe_compile.explain("qwen3_moe"),
+    "generate None": lambda: dmoe_compile.generate(None, torch.ones(1, 2, dtype=torch.int64)),
     "prepare None": lambda: dmoe_compile.prepare(None),
     "prepare a name": lambda: dmoe_compile.prepare("qwen3_moe"),
     "unprepare None": lambda: dmoe_compile.unprepare(None),
