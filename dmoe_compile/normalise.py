@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import torch.fx.traceback as fx_traceback
 from torch import fx
+from torch._C import _functorch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch import predispatch
 from torch._guards import TracingContext
 from torch._ops import HigherOrderOperator
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -25,6 +27,12 @@ from dmoe_compile.passes.nodes import Sources
 _SELECTIONS = {"topk", "sort", "argsort", "argmax", "max"}
 _INPUT_META = ("tensor_dict", "grapharg")  # what AOTAutograd reads off Dynamo's placeholders: static inputs, sources
 _LITERALS = {bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format}
+_LEVELS = {  # where a call of torch.func's names the transform that it belongs to, by its depth
+    predispatch._add_batch_dim: 2,
+    predispatch._remove_batch_dim: 1,
+    predispatch._unwrap_for_grad: 1,
+    _functorch._wrap_for_grad: 1,
+}
 _ORIGIN_META = ("nn_module_stack", "stack_trace")  # what a recorded operation keeps of the node it comes from
 
 
@@ -176,7 +184,33 @@ class _Recorder(TorchDispatchMode):
         self._known[id(value)] = node, value
 
 
-class _Following(fx.Interpreter):
+class _Running(fx.Interpreter):
+    """Runs Dynamo's graph inside of functionalize, which is a transform too: it puts vmap and grad a level deeper.
+
+    Made outside of it.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm)
+        self._outside = _functorch.get_dynamic_layer_stack_depth()
+        self._deeper = 0
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        inside = _functorch.get_dynamic_layer_stack_depth()
+        self._deeper = inside - self._outside
+        try:
+            return super().run(*args, **kwargs)
+        except Exception:  # a vmap that was begun would stay on for all that this thread runs afterwards
+            _functorch.pop_dynamic_layer_stack_and_undo_to_depth(inside)
+            raise
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if (at := _LEVELS.get(target)) is not None:
+            args = (*args[:at], args[at] + self._deeper, *args[at + 1 :])
+        return super().call_function(target, args, kwargs)
+
+
+class _Following(_Running):
     """Runs Dynamo's graph and tells a recorder where each operation comes from."""
 
     def __init__(self, gm: fx.GraphModule, recorder: _Recorder) -> None:
@@ -195,7 +229,7 @@ def trace(gm: fx.GraphModule, fakes: Sequence[Any]) -> fx.GraphModule:
     return aten
 
 
-class _Tracing(fx.Interpreter):
+class _Tracing(_Running):
     """Runs Dynamo's graph; what selects experts keeps its module stack, which names sites that share weights.
 
     For every node that would cost a third of the trace.

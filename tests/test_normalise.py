@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.testing import assert_close
+from transformers import JambaConfig, JambaForCausalLM
 
+import capture
 import zoo
 from dmoe_compile import normalise as module
 from dmoe_compile.normalise import NotPlainError, normalise, record
@@ -164,3 +166,59 @@ def test_what_the_recorder_refuses_is_traced(forward: Callable[[Tensor], Tensor]
         got = torch.compile(forward, backend=backend, fullgraph=True, dynamic=dynamic)(x)
     assert len(refused) == len(graphs) == 1
     assert_close(got if isinstance(got, Tensor) else got[0], forward(x), rtol=0, atol=0)
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "vmap": lambda x: torch.vmap(lambda row: row * 2 + row.sum())(x),
+    "two": lambda x: torch.vmap(torch.vmap(torch.sin))(x),
+    "of a gradient": lambda x: torch.vmap(torch.func.grad(lambda row: (row * row).sum()))(x),
+    "of a tangent": lambda x: torch.vmap(lambda row: torch.func.jvp(torch.sin, (row,), (row,))[1])(x),
+}
+
+
+@pytest.mark.parametrize("forward", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_torch_func_are_followed(
+    forward: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo writes the level of each into its graph, as it is without functionalize."""
+    x = torch.randn(3, 4)
+    (recorded,), (traced,) = both_ways(forward, monkeypatch, x)
+    for graph in (recorded, traced):
+        assert_close(graph(x)[0], forward(x))
+
+
+@pytest.mark.usefixtures("aten", "without_gradients")
+def test_a_failure_inside_of_a_transform_leaves_none_behind(
+    monkeypatch: pytest.MonkeyPatch, warnings: Callable[[], list[str]]
+) -> None:
+    def forward(x: Tensor) -> Tensor:
+        return torch.vmap(torch.sin)(x).topk(2).values
+
+    monkeypatch.setattr(module, "_LEVELS", {})
+    x = torch.randn(3, 4)
+    got = torch.compile(forward, backend="dmoe", options={"passes": ["dmoe"]})(x)
+    assert_close(got, forward(x))
+    assert torch._C._functorch.maybe_current_level() is None
+    (message,) = warnings()
+    assert "can't be read (RuntimeError" in message
+
+
+@pytest.mark.usefixtures("without_gradients")
+def test_jamba_whose_scan_is_a_vmap() -> None:
+    config = JambaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=8,
+        expert_layer_offset=0,
+        expert_layer_period=1,
+        attn_layer_offset=1,
+        attn_layer_period=2,
+        mamba_dt_rank=4,
+    )
+    model, ids = JambaForCausalLM(config).eval(), torch.randint(0, 64, (2, 8))
+    (sites, _), _ = capture.inference(model, input_ids=ids, use_cache=False)
+    assert [site.num_experts for site in sites] == [8, 8]
