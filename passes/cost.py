@@ -105,7 +105,7 @@ def reading_limits(site: Site, tokens: int, gpu: Gpu) -> bool:
 
 def _sizes(site: Site) -> dict[Any, Any]:
     """Return k, H, I, m and b of a site's experts: the narrowest of their matrices is as wide as I."""
-    hidden = (shape(site.hidden) or (1,))[-1]
+    hidden = (shape(site.combine) or (1,))[-1]
     values = [weight.meta["val"] for weight in site.expert_weights]
     each = [value.numel() // site.num_experts for value in values]
     width = sympy.Rational(min(each), hidden)

@@ -223,7 +223,7 @@ def _hidden(site: Site, sources: Sources) -> fx.Node | str:
     assert site.weights is not None
     routed = {site.ids, site.weights, *between(site.ids, site.combine), *between(site.weights, site.combine)}
     tokens = site.ids.meta["val"].numel() // site.top_k
-    elements = tokens * (shape(site.hidden) or (0,))[-1]
+    elements = tokens * (shape(site.combine) or (0,))[-1]
     roots: dict[fx.Node, None] = {}
     stack, seen = [site.combine], {site.combine, site.ids, site.weights}
     while stack:

@@ -8,7 +8,8 @@ the experts run on the selected (token, expert) pairs, and a combine sums them t
     ids:     [T, k] = topk | sort()[:, :k] | argmax | max (scores)
     experts: ops that read a parameter [E, ., .] and depend on `ids`
     combine: [T, H] = the first value of T*H elements that every expert's result and every routing
-             weight has flowed into, before anything else (residual, shared experts) is mixed in
+             weight has flowed into, before anything else (residual, shared experts) is mixed in;
+             experts may work in another width than their router, between a projection down and one up
 
 Nothing is matched by its text: score function, selection bias, groups and renormalisation are read
 from the graph. It may be functional aten or what Inductor's decompositions make of it
@@ -173,7 +174,8 @@ class _Finder:
     ) -> Site | Refusal:
         hidden, _ = _matmul_operands(router.matmuls[0])
         name = self._name(sel, bank, weight)
-        combine = self._combine(sel, bank, (shape(hidden) or (0,))[-1])
+        widths = ((shape(hidden) or (0,))[-1], _width(bank))
+        combine = next((found for width in widths if (found := self._combine(sel, bank, width))), None)
         if combine is None:
             return Refusal(name, "its experts' results are not summed to one row [T, H] a token")
         returned = [n for n in reach.routing if self.graph.output_node() in n.users]
@@ -324,6 +326,11 @@ def _form(bank: ExpertFlow) -> str:
     if any("grouped_mm" in name for name in names):
         return "grouped_mm"
     return "batched_mm" if packet(bank.experts[0]) in MATMULS else names[0]
+
+
+def _width(bank: ExpertFlow) -> int | torch.SymInt:
+    """Return how many numbers an expert makes of a token, whose row may lie as [.., H], [.., 1, H] or [.., H, 1]."""
+    return next((size for size in reversed(shape(bank.experts[-1]) or ()) if not same(size, 1)), 1)
 
 
 def _has_rows(node: fx.Node, tokens: int | torch.SymInt, width: int | torch.SymInt) -> bool:

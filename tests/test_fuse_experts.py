@@ -5,6 +5,7 @@ T: tokens; H, I: hidden size, expert width; E, k: experts, experts a token
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from dmoe_compile.passes.region import Region
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.testing import assert_close
+from transformers import NemotronHConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMoE
 
 import dmoe_compile
 import forms
@@ -336,9 +339,25 @@ def test_every_pass_routes_for_it(passes: list[str]) -> None:
     assert_close(*outs, **TOLERANCE[torch.float32])
 
 
-def test_decoded_tokens_reach_no_expert() -> None:
+def in_another_width() -> nn.Module:
+    """Return a block whose experts work on half of the model's width, between two projections."""
+    sizes = {"hidden_size": zoo.HIDDEN, "moe_latent_size": zoo.HIDDEN // 2, "moe_intermediate_size": 24}
+    config = NemotronHConfig(**sizes, n_routed_experts=16, num_experts_per_tok=4)
+    config._experts_implementation = "grouped_mm"
+    torch.manual_seed(0)
+    block = NemotronHMoE(config).eval()
+    for weight in block.parameters():
+        torch.nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+    return block
+
+
+BLOCKS = {"qwen3_moe": lambda: zoo.build("qwen3_moe").model.layers[0].mlp, "nemotron_h": in_another_width}
+
+
+@pytest.mark.parametrize("build", BLOCKS.values(), ids=BLOCKS)
+def test_decoded_tokens_reach_no_expert(build: Callable[[], nn.Module]) -> None:
     """They carry an id that no expert has, and take what was stored; so do tokens of finished sequences."""
-    block = zoo.build("qwen3_moe").model.layers[0].mlp
+    block = build()
     x = torch.randn(4, B, S, zoo.HIDDEN)
     some = torch.rand((B, S), generator=torch.Generator().manual_seed(3)) < 0.5
     finished = torch.tensor([False, True])
@@ -360,6 +379,8 @@ def test_decoded_tokens_reach_no_expert() -> None:
                 for decoded, done, each in zip((None, some, some, None), (None, None, None, finished), x, strict=True):
                     context.step(decoded, finished=done, shape=(B, S))
                     outs.append(output(compiled(each)))
+                if experts:
+                    assert_close(outs[0], output(block(x[0])), **TOLERANCE[torch.float32])
                 results[experts] = torch.stack(outs[:3]), [step.unique_experts for step in context.stats]
     check, *steps = routed  # the first is the comparison when it is compiled
     assert check.all()

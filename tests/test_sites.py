@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from dmoe_compile.passes.nodes import shape
 from dmoe_compile.passes.sites import Refusal, Site, find_sites
 from torch import Tensor, fx, nn
 from torch.testing import assert_close
+from transformers import MuseSparkTextConfig, MuseSparkTextModel, NemotronHConfig, NemotronHForCausalLM
 
 import capture
 import zoo
@@ -141,6 +143,41 @@ def test_refuses_phimoe() -> None:
     assert sites == []
     assert [refusal.name for refusal in refused] == list(zoo.expected("phimoe").names)
     assert all("2 separate selections" in refusal.reason for refusal in refused)
+
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+}
+
+
+def nemotron_h() -> nn.Module:
+    return NemotronHForCausalLM(
+        NemotronHConfig(**SIZES, layers_block_type=["moe"], n_routed_experts=8, moe_latent_size=16)
+    )
+
+
+def muse_spark() -> nn.Module:
+    return MuseSparkTextModel(
+        MuseSparkTextConfig(**SIZES, mlp_layer_types=["sparse"], num_local_experts=8, moe_hidden_size=16)
+    )
+
+
+@pytest.mark.parametrize(("make", "matrices"), [(nemotron_h, 2), (muse_spark, 3)], ids=["nemotron_h", "muse_spark"])
+def test_experts_may_work_in_another_width_than_their_router(make: Callable[[], nn.Module], matrices: int) -> None:
+    model, inputs = make().eval(), {"input_ids": torch.randint(0, 64, (2, 5)), "use_cache": False}
+    (found, refused), _ = capture.inference(model, **inputs)
+    for (site,) in (found, capture.joint(model, **inputs)[0]):
+        assert (shape(site.hidden) or ())[-1] == 32
+        assert site.combine.meta["val"].shape == (10, 16)
+        assert site.expert_bytes == 4 * matrices * 24 * 16
+    assert refused == []
 
 
 FORMS = {Sorted: K, StablySorted: K, Argmax: 1, Max: 1, TopOne: 1, Rows: K, Moe: K}
