@@ -38,6 +38,42 @@ class Reach:
     readers: list[fx.Node] = field(default_factory=list)  # where routing data mixes into something else
 
 
+def misfit(sel: Selection, reach: Reach, sources: Sources) -> tuple[str, fx.Node] | None:
+    """Return why the experts behind a selection are no bank of it, and a weight of theirs; None where there are none.
+
+    Args:
+        sel: a selection that drives no bank.
+        reach: what depends on it.
+        sources: what is known of the graph's inputs.
+    """
+    weighed = {user for node in reach.readers for user in _through_views(node)}
+    for node in [*reach.routing, *reach.readers, *weighed]:
+        if packet(node) not in GATHERS and "mm" not in str(packet(node)):
+            continue
+        for root in map(sources.parameter, node.all_input_nodes):
+            dims = shape(root) if root is not None else None
+            if root is None or dims is None or len(dims) != 3:
+                continue
+            if not same(dims[0], sel.num_experts):
+                count = f"its router scores {sel.num_experts}, its experts are {dims[0]}"
+                return f"{count}: some scores stand for no expert", root
+            if node in weighed:
+                return "its routing weights are applied before its experts, all of which run on every token", root
+    return None
+
+
+def _through_views(node: fx.Node) -> list[fx.Node]:
+    """Return what reads a value, or a view of it."""
+    found, stack = list[fx.Node](), list(node.users)
+    while stack:
+        user = stack.pop()
+        if packet(user) in VIEWS:
+            stack += user.users
+        else:
+            found.append(user)
+    return found
+
+
 class Follower:
     """Walks forward from selections of one graph.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dmoe_compile.passes.nodes import MATMULS, SOFTMAX, Sources, aten, is_float, packet, same, shape
 from dmoe_compile.passes.selections import Selection
@@ -23,10 +23,11 @@ class Groups:
 
 @dataclass(frozen=True)
 class RouterNodes:
-    """What lies between the router's matmul and the scores."""
+    """What lies between the router's matmul and the scores; `others` are matmuls that make no E numbers."""
 
     matmuls: list[fx.Node]
     between: list[fx.Node]
+    others: list[fx.Node] = field(default_factory=list)
 
 
 def read_router(sel: Selection) -> RouterNodes:
@@ -41,8 +42,8 @@ def read_router(sel: Selection) -> RouterNodes:
         if node.op != "call_function":
             continue
         if packet(node) in MATMULS:
-            if same((shape(node) or (0,))[-1], sel.num_experts):
-                router.matmuls.append(node)
+            fits = same((shape(node) or (0,))[-1], sel.num_experts)
+            (router.matmuls if fits else router.others).append(node)
         else:
             router.between.append(node)
             stack += node.all_input_nodes

@@ -42,7 +42,7 @@ from dmoe_compile.passes.nodes import (
     same,
     shape,
 )  # fmt: skip
-from dmoe_compile.passes.reach import ExpertFlow, Follower, Reach
+from dmoe_compile.passes.reach import ExpertFlow, Follower, Reach, misfit
 from dmoe_compile.passes.routers import Groups, RouterNodes, has_bias, read_groups, read_router, score_function
 from dmoe_compile.passes.selections import Selection, find_selections
 from torch import fx
@@ -111,6 +111,7 @@ class _Finder:
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self.live = forward_nodes(graph)
         self.selections = {sel.node: sel for sel in find_selections(graph, self.live, self.position)}
+        self.misfits: set[str] = set()  # modules of experts whose selection was refused for it
         self.follower = Follower(self.position, self.live, self.selections, sources)
 
     def run(self) -> tuple[list[Site], list[Refusal]]:
@@ -159,10 +160,16 @@ class _Finder:
                 return [Refusal(named, "what it ranks does not come from one linear router", has_experts=False)]
             is_router = weight is not None and any(self.graph.output_node() in node.users for node in reach.routing)
             where = _parent(self.sources.module_path(weight)) if weight else ""
+            if found := misfit(sel, reach, self.sources):
+                self.misfits.add(_parent(self.sources.module_path(found[1])))
+                return [Refusal(where or named, found[0])]
             reason = "its indices select no expert weights [E, ., .] in this graph"
             return [Refusal(where or named, reason, is_router, has_experts=False)]
         if matmul is None:
             reason = f"{len(router.matmuls)} matmuls lead to its scores, not one router"
+            if not router.matmuls and len(router.others) == 1:
+                made = (shape(router.others[0]) or (0,))[-1]
+                reason = f"its router makes {made} numbers for {sel.num_experts} experts, not one for each"
             return [Refusal(self._name(sel, reach.banks[0], weight), reason)]
         if turned := next((node for node in router.between if _turns_rows(node)), None):
             reason = f"{_label(turned)} stands between its router and its selection: experts may choose tokens there"
@@ -243,7 +250,7 @@ class _Finder:
 
     def _with_dense(self, refusals: list[Refusal], claimed: set[fx.Node]) -> list[Refusal]:
         """Add the banks that every token runs through: they have a router, but no selection to rewrite."""
-        reported: set[str] = set()
+        reported = set(self.misfits)
         for node in self.graph.nodes:
             if node not in self.live or packet(node) not in MATMULS:
                 continue

@@ -12,7 +12,18 @@ from dmoe_compile.passes.nodes import shape
 from dmoe_compile.passes.sites import Refusal, Site, find_sites
 from torch import Tensor, fx, nn
 from torch.testing import assert_close
-from transformers import MuseSparkTextConfig, MuseSparkTextModel, NemotronHConfig, NemotronHForCausalLM
+from transformers import (
+    InklingForCausalLM,
+    InklingTextConfig,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MuseSparkTextConfig,
+    MuseSparkTextModel,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    ZayaConfig,
+    ZayaForCausalLM,
+)
 
 import capture
 import zoo
@@ -178,6 +189,32 @@ def test_experts_may_work_in_another_width_than_their_router(make: Callable[[], 
         assert site.combine.meta["val"].shape == (10, 16)
         assert site.expert_bytes == 4 * matrices * 24 * 16
     assert refused == []
+
+
+MISFITS = {
+    "zaya": (
+        lambda: ZayaForCausalLM(ZayaConfig(**{**SIZES, "num_experts_per_tok": 1}, num_experts=8)),
+        "its router scores 9, its experts are 8: some scores stand for no expert",
+    ),
+    "llama4": (
+        lambda: Llama4ForCausalLM(
+            Llama4TextConfig(**SIZES, intermediate_size=24, num_local_experts=8, moe_layers=[0], pad_token_id=0)
+        ),
+        "its routing weights are applied before its experts, all of which run on every token",
+    ),
+    "inkling": (
+        lambda: InklingForCausalLM(InklingTextConfig(**SIZES, n_routed_experts=8, mlp_layer_types=["sparse"])),
+        "its router makes 10 numbers for 8 experts, not one for each",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), MISFITS.values(), ids=MISFITS)
+def test_experts_that_do_not_fit_their_router_are_refused_once(make: Callable[[], nn.Module], reason: str) -> None:
+    inputs = {"input_ids": torch.randint(0, 64, (2, 5)), "use_cache": False}
+    (sites, refused), _ = capture.inference(make().eval(), **inputs)
+    assert sites == []
+    assert [refusal.reason for refusal in refused] == [reason]
 
 
 FORMS = {Sorted: K, StablySorted: K, Argmax: 1, Max: 1, TopOne: 1, Rows: K, Moe: K}
