@@ -17,6 +17,7 @@ dtype (choosing.py, verify.py); a block with no match is given back as it was, a
 from __future__ import annotations
 
 import ctypes
+import dis
 import inspect
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,7 @@ def prepare(model: nn.Module) -> PrepareReport:
             _give_back_freed_memory()
         if (stacked := _prepare_stacked(name, module)) is not None:
             blocks.append(stacked)
+        blocks += _unknown_loops(name, module)
     return PrepareReport(tuple(blocks))
 
 
@@ -186,6 +188,28 @@ def _router_width(block: nn.Module, experts: nn.Module) -> int | None:
 def _outside(block: nn.Module, experts: nn.Module) -> list[nn.Parameter]:
     inside = set(experts.parameters())
     return [parameter for parameter in block.parameters() if parameter not in inside]
+
+
+def _unknown_loops(name: str, block: nn.Module) -> Iterator[Prepared]:
+    """Yield a refusal for each child that holds experts in no known form and loops over something in its forward."""
+    for child_name, child in block.named_children():
+        children = list(child.children())
+        if isinstance(child, _LISTS) and children:
+            sizes = {sum(type(each) is type(children[0]) for each in children)}
+        else:
+            sizes = {p.shape[0] for p in child.parameters(recurse=False) if p.dim() == 3 and p.is_floating_point()}
+        routed = sizes & {p.shape[0] for p in block.parameters() if p.dim() == 2 and p.shape[0] > 1}
+        if not routed or child in _expert_lists(block) or stacked_loops.weight_names(child) or not _has_loop(child):
+            continue
+        held = "a dict or list of experts" if isinstance(child, _LISTS) else "stacked weights"
+        reason = f"{type(child).__name__}.forward() loops over {held} in a form that is not known, see docs/forms.md"
+        yield Prepared(f"{name}.{child_name}" if name else child_name, max(routed), reason=reason)
+
+
+def _has_loop(module: nn.Module) -> bool:
+    """Say whether the forward of a module has a `for` in it; the containers of torch have none of their own."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and any(each.opname == "FOR_ITER" for each in dis.get_instructions(code))
 
 
 def _is_replaced(block: nn.Module, experts: nn.Module) -> bool:

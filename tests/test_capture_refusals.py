@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
+from transformers import JetMoeConfig, LongcatFlashConfig, NllbMoeConfig
+from transformers.models.jetmoe.modeling_jetmoe import JetMoeMoE
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashMoE
+from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
 import forms
 from dmoe_compile import prepare
@@ -239,3 +243,31 @@ def test_a_method_with_an_argument_that_varies_is_refused() -> None:
     block = Chunked(forms.config()).eval()
     (entry,) = prepare(block).blocks
     assert entry.reason == "its forward is of no known form"
+
+
+UNKNOWN: dict[str, tuple[Callable[[], nn.Module], dict[str, int], str]] = {
+    "jetmoe": (
+        lambda: JetMoeMoE(JetMoeConfig(hidden_size=16, intermediate_size=8, num_local_experts=4)),
+        {"input_linear": 4, "output_linear": 4},
+        "JetMoeParallelExperts.forward() loops over stacked weights",
+    ),
+    "longcat_flash": (
+        lambda: LongcatFlashMoE(
+            LongcatFlashConfig(hidden_size=16, expert_ffn_hidden_size=8, n_routed_experts=4, zero_expert_num=2)
+        ),
+        {"experts": 6},
+        "LongcatFlashExperts.forward() loops over stacked weights",
+    ),
+    "nllb_moe": (
+        lambda: NllbMoeSparseMLP(NllbMoeConfig(d_model=16, num_experts=4), 8),
+        {"experts": 4},
+        "NllbMoeExperts.forward() loops over a dict or list of experts",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "names", "why"), UNKNOWN.values(), ids=UNKNOWN)
+def test_loops_in_another_form_are_named(make: Callable[[], nn.Module], names: dict[str, int], why: str) -> None:
+    report = prepare(make().eval())
+    assert {block.name: block.num_experts for block in report.refused} == names
+    assert {block.reason for block in report.blocks} == {f"{why} in a form that is not known, see docs/forms.md"}
