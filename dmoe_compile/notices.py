@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import fx
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 
 from dmoe_compile import auto_prepare
 from dmoe_compile.config import Config
@@ -41,6 +44,7 @@ class Notices:
         """Warn where the passes changed nothing in a graph: which module is why, and what to do."""
         reason = getattr(gm, "compile_subgraph_reason", None)
         broken = str(reason.reason) if reason is not None and reason.graph_break else ""
+        self.in_pieces |= _is_piece()
         waits = "team" in config.passes and findings.outcomes  # for a decoding context
         message = "" if waits else _complaint(gm, findings, broken)
         nothing_here = not findings.outcomes and not findings.refusals
@@ -104,6 +108,13 @@ def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
             f"({broken.strip().splitlines()[0]}). Way out: print(dmoe_compile.prepare(model)) makes the experts "
             "traceable, or says why not; fullgraph=True shows where a graph breaks."
         )
+    matrices = sum(map(_is_matrix, gm.graph.find_nodes(op="placeholder")))
+    if routers and matrices == 1:
+        return (
+            f"the experts of {routers[0]} are not in the same graph as their router, which Dynamo compiled by itself. "
+            "Way out: TORCH_LOGS=graph_breaks or fullgraph=True shows why. A forward hook is a usual cause, and "
+            "transformers leaves some after output_router_logits=True: compile the whole model, not its layers."
+        )
     if findings.refusals:
         name, reason = findings.refusals[0].name, findings.refusals[0].reason
         return f"no site was found; {name} was refused: {reason}. dmoe_compile.explain(model, ...) lists every refusal."
@@ -112,12 +123,20 @@ def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
             f"Dynamo broke the graph ({broken.strip().splitlines()[0]}). If the model's experts are in a Python loop, "
             "dmoe_compile.prepare(model) makes them traceable."
         )
-    if broken or not any(map(_is_matrix, gm.graph.find_nodes(op="placeholder"))):
+    if broken or not matrices:
         return ""  # a piece of a model, or a helper of its own that makes masks or positions
     return (
         f"no mixture-of-experts router in the graph of {_root_name(gm)}. Drop the pass for this model, or compile "
         "the module that holds its experts."
     )
+
+
+def _is_piece() -> bool:
+    """Say whether what is being compiled was called by the rest of a function whose graph was broken."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not frame.f_code.co_name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX):
+        frame = frame.f_back
+    return frame is not None
 
 
 def _is_matrix(placeholder: fx.Node) -> bool:

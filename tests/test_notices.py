@@ -61,6 +61,19 @@ def test_experts_left_in_a_loop_warn_once_with_module_and_way_out(warnings):
     assert "dmoe_compile.prepare(model)" in warning
 
 
+@torch.no_grad()
+def test_layers_whose_routers_have_hooks_are_told_so_and_not_to_drop_the_pass(warnings):
+    """transformers collects router logits by forward hooks, which stay; Dynamo breaks the graph of a layer at each."""
+    model, inputs = zoo.build("qwen3_moe"), zoo.inputs("qwen3_moe", seq=8)
+    model(**inputs, output_router_logits=True)
+    for layer in model.model.layers:
+        layer.compile(backend="dmoe", options=dict(QUICK))
+    model(**inputs)
+    (warning,) = warnings()
+    assert "the experts of topk over 16 are not in the same graph as their router" in warning
+    assert "A forward hook is a usual cause" in warning
+
+
 class _BreaksElsewhere(nn.Module):
     """The graph breaks, but not between the router and its experts."""
 
