@@ -32,7 +32,7 @@ from dmoe_compile import auto_prepare, stacked_loops
 from dmoe_compile.blocks import observe, templates
 from dmoe_compile.choosing import Prepared, Way, choose, confirm
 from dmoe_compile.replacement import KEY, Cut, cut_of, follow, install, let_go, uninstall, why_stale
-from dmoe_compile.stacking import NotStackableError, Stack
+from dmoe_compile.stacking import NotStackableError, Stack, is_offloaded, why_meta
 from dmoe_compile.verify import (
     State,
     at_rest,
@@ -336,10 +336,10 @@ def _prepare_stacked(name: str, module: nn.Module) -> Prepared | None:
     if cut is not None:
         uninstall(module)
     calls = stacked_loops.calls(module)
-    if not calls:
+    if not calls and not is_offloaded(module):
         return None
     if getattr(module, names[0]).is_meta:
-        return replace(report, reason="its experts are on the meta device; load their weights first")
+        return replace(report, reason=f"its experts {why_meta(module)}")
     refused = []
     for call in calls:
         try:

@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from dmoe_compile.blocks import ROLES
 from dmoe_compile.experts import experts_forward
+from dmoe_compile.stacking import is_offloaded
 from dmoe_compile.verify import at_rest, routed_rows
 
 _ORDERS: tuple[tuple[str, ...], ...] = (ROLES, ("hidden", "weights", "ids"))
@@ -44,7 +45,7 @@ def calls(module: nn.Module) -> list[Call]:
     """Return the calls for which the forward of stacked experts needs the values of its arguments; none for others."""
     if not weight_names(module) or len(inspect.signature(module.forward).parameters) != len(ROLES):
         return []
-    if _is_transformers_own(module) and _implementation_of(module) != "eager":
+    if is_offloaded(module) or (_is_transformers_own(module) and _implementation_of(module) != "eager"):
         return []
     found = []
     for call in itertools.starmap(Call, itertools.product(_ORDERS, _widths(module))):

@@ -334,7 +334,7 @@ def _check_alike(experts: Sequence[nn.Module]) -> None:
         if _described(expert) != described:
             raise NotStackableError(f"differ: experts 0 and {i} are not of one shape, dtype, device and structure")
         if any(parameter.is_meta for parameter in expert.parameters()):
-            raise NotStackableError("are on the meta device; load their weights first")
+            raise NotStackableError(why_meta(expert))
         for path, parameter in expert.named_parameters(remove_duplicate=False):
             here = f"{i}.{path}"
             if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
@@ -347,6 +347,18 @@ def _check_alike(experts: Sequence[nn.Module]) -> None:
                 raise NotStackableError(f"share memory: {places[parameter.data_ptr()]} and {here}")
         if not all(map(_is_plain, expert.modules())):
             raise NotStackableError(f"have a forward of their own or hooks (expert {i}), which stacked weights bypass")
+
+
+def why_meta(experts: nn.Module) -> str:
+    """Return why weights of experts are on the meta device, and the way out."""
+    if any(map(is_offloaded, experts.modules())):
+        return "are offloaded by accelerate; load the model without offloading"
+    return "are on the meta device; load their weights first"
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Say whether accelerate brings a module's weights when it is called; where that fails, they stay."""
+    return "_hf_hook" in vars(module) and any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
 def _described(expert: nn.Module) -> tuple[Any, ...]:

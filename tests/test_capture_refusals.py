@@ -182,6 +182,15 @@ def test_refused(change: Callable[[Any], None]) -> None:
         assert_close(output(block, x), own, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("form", ["softmax_loop", "expert_hit"])
+def test_experts_that_accelerate_offloaded_are_named_so(form: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    block = forms.build(form)
+    accelerate.cpu_offload(block, execution_device=torch.device("cpu"))
+    (entry,) = prepare(block).blocks
+    assert entry.reason == "its experts are offloaded by accelerate; load the model without offloading"
+
+
 def test_stacked_experts_on_meta_are_refused() -> None:
     block = forms.build("expert_hit").to("meta")
     (entry,) = prepare(block).blocks
