@@ -115,6 +115,27 @@ def compile(model: Any, config: Config | None = None, **torch_compile_kwargs: An
     return torch.compile(model, backend="dmoe", options=merged.to_options() or None, **how)
 
 
+class _Compiled(dict[str, Any]):
+    """What a model was compiled to, by options; a copy of the model has none of it."""
+
+    def __deepcopy__(self, memo: object) -> _Compiled:
+        return _Compiled()
+
+    def __reduce__(self) -> tuple[type[_Compiled], tuple[()]]:
+        return _Compiled, ()
+
+
+def compiled(model: Any, config: Config) -> Any:
+    """Return a model compiled with these options: what an earlier call compiled, where there was one."""
+    if not isinstance(model, torch.nn.Module):
+        return compile(model, config)
+    known: _Compiled = model.__dict__.setdefault("_dmoe_compiled", _Compiled())
+    key = repr(sorted(config.to_options().items()))
+    if key not in known:
+        known[key] = compile(model, config)
+    return known[key]
+
+
 def config_of(model: Any) -> Config | None:
     """Return the config that a module was compiled with, None where that was another backend or can't be seen."""
     context = getattr(model, "dynamo_ctx", None)

@@ -194,34 +194,13 @@ def _runnable(model: Any, config: Config | None, *, counts: bool) -> tuple[Any, 
         )
     elif config is not None:
         config = replace(config, stats=True) if counts else config
-        model = _compiled(model, config)
+        model = backend.compiled(model, config)
     if getattr(model, "training", False):
         raise ValueError(
             "the model is in training mode, where dropout and the like are random; call model.eval() first"
         )
     loading.check_values(model)
     return model, config
-
-
-class _Compiled(dict[str, Any]):
-    """What a model was compiled to, by options; a copy of the model has none of it."""
-
-    def __deepcopy__(self, memo: object) -> _Compiled:
-        return _Compiled()
-
-    def __reduce__(self) -> tuple[type[_Compiled], tuple[()]]:
-        return _Compiled, ()
-
-
-def _compiled(model: Any, config: Config) -> Any:
-    """Return a model compiled with these options: what an earlier call compiled, where there was one."""
-    if not isinstance(model, torch.nn.Module):
-        return backend.compile(model, config)
-    known: _Compiled = model.__dict__.setdefault("_dmoe_compiled", _Compiled())
-    key = repr(sorted(config.to_options().items()))
-    if key not in known:
-        known[key] = backend.compile(model, config)
-    return known[key]
 
 
 def _stream(
