@@ -50,6 +50,18 @@ _TINY: dict[str, Any] = {  # what `load` shrinks; a name that a config lacks is 
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_UNSET: dict[
+    str, Any
+] = {  # of what some defaults leave out, or have one expert, which is no choice; else they are kept
+    "num_experts": 16,
+    "n_routed_experts": 16,
+    "num_experts_per_tok": 4,
+    "moe_topk": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 1.0,
+}
 _MAX_TINY = 100_000_000  # parameters
 
 
@@ -233,7 +245,11 @@ def _tiny(model_type: str, seed: int) -> tuple[PreTrainedModel, str]:
     except Exception as error:  # a default config may lack values, or fit no rule of ours; the reader needs the reason
         reason = f"{type(error).__name__}: {_first_line(error)}"
         raise ValueError(f"{model_type} cannot be built tiny ({reason}); give a checkpoint folder") from error
-    return model, f"tiny random {model_type}: {size / 1e6:.1f} M parameters, routing as in the default config"
+    default = CONFIG_MAPPING[model_type]()
+    own = {name: getattr(config, name, None) for name in _UNSET}
+    filled = [f"{name}={value}" for name, value in own.items() if value != getattr(default, name, None)]
+    but = f", but {', '.join(filled)}" if filled else ""
+    return model, f"tiny random {model_type}: {size / 1e6:.1f} M parameters, routing as in the default config{but}"
 
 
 def _check_type(source: str) -> None:
@@ -260,6 +276,8 @@ def _tiny_config(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
         return config_class(text_config=text, vision_config=VISION)
     known = default.to_dict()
     changes = {name: value for name, value in _TINY.items() if name in known}
+    unset = (None, 1) if known.get("num_experts") == 1 else (None,)
+    changes |= {name: value for name, value in _UNSET.items() if name in known and known[name] in unset}
     if "kv_lora_rank" in known:  # latent attention: a key and value for every head, head_dim is the rotated part alone
         changes |= {"num_key_value_heads": _TINY["num_attention_heads"], "head_dim": _TINY["qk_rope_head_dim"]}
     return config_class(**changes)

@@ -29,7 +29,17 @@ def test_tiny_models_keep_the_routing_of_their_type(model_type):
         assert loaded.model(**loaded.inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v2", "qwen3_vl_moe"], ids=["no default k", "too large when shrunk"])
+FILLED = {"deepseek_v2": "num_experts_per_tok=4", "dots1": "n_routed_experts=16", "hunyuan_v1_moe": "num_experts=16"}
+
+
+@pytest.mark.parametrize("model_type", FILLED)
+def test_what_a_default_config_lacks_of_its_routing_is_filled_and_said(model_type):
+    _, note = loading.load_model(model_type)
+    assert "routing as in the default config, but " in note
+    assert FILLED[model_type] in note
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl_moe"], ids=["too large when shrunk"])
 def test_a_type_that_can_not_be_shrunk_says_why(model_type):
     with pytest.raises(ValueError, match=rf"{model_type} cannot be built tiny \(.+\); give a checkpoint folder"):
         loading.load(model_type)
