@@ -108,8 +108,8 @@ def _complaint(gm: fx.GraphModule, findings: Findings, broken: str) -> str:
             f"({broken.strip().splitlines()[0]}). Way out: print(dmoe_compile.prepare(model)) makes the experts "
             "traceable, or says why not; fullgraph=True shows where a graph breaks."
         )
-    matrices = sum(map(_is_matrix, gm.graph.find_nodes(op="placeholder")))
-    if routers and matrices == 1:
+    matrices = [source(each)[0] for each in gm.graph.find_nodes(op="placeholder") if _is_matrix(each)]
+    if routers and len(matrices) == 1 and "._modules[" not in matrices[0]:  # the router's own forward, not its caller's
         return (
             f"the experts of {routers[0]} are not in the same graph as their router, which Dynamo compiled by itself. "
             "Way out: TORCH_LOGS=graph_breaks or fullgraph=True shows why. A forward hook is a usual cause, and "
