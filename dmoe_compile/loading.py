@@ -50,9 +50,8 @@ _TINY: dict[str, Any] = {  # what `load` shrinks; a name that a config lacks is 
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_UNSET: dict[
-    str, Any
-] = {  # of what some defaults leave out, or have one expert, which is no choice; else they are kept
+# What some defaults leave out, or have one of, which is no choice; else they are kept.
+_UNSET: dict[str, Any] = {
     "num_experts": 16,
     "n_routed_experts": 16,
     "num_experts_per_tok": 4,
