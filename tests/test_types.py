@@ -1,0 +1,46 @@
+"""What docs/models.md says of transformers' types: which have their layers with experts rewritten, and which not."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import dmoe_compile
+from dmoe_compile import loading
+
+TEXT = (Path(__file__).parents[1] / "docs/models.md").read_text().partition("## Types of transformers")[2]
+TABLES = [dict(re.findall(r"^\| (\S+) \| (.+) \|$", part, re.MULTILINE)) for part in TEXT.split("These are refused")]
+FOUND = {name: score for score, names in TABLES[0].items() for name in re.findall(r"`(\w+)`", names)}
+REFUSED = {name.strip("`"): reason for name, reason in TABLES[1].items() if name.startswith("`")}
+QUICK = ("qwen3_moe", "solar_open", "granitemoe", "zaya")  # of each kind one; the others nightly
+
+
+def kinds(names: dict[str, str]) -> list[object]:
+    return [pytest.param(name, marks=() if name in QUICK else pytest.mark.nightly) for name in names]
+
+
+def test_the_tables_are_read() -> None:
+    assert len(FOUND) > 40
+    assert len(REFUSED) == 5
+    assert set(FOUND.values()) == {"softmax", "sigmoid", "logits"}
+
+
+@pytest.mark.parametrize("model_type", kinds(FOUND))
+def test_a_type_is_found(model_type: str) -> None:
+    loaded = loading.load(model_type, batch=2, tokens=40)
+    sites = dmoe_compile.explain(loaded.model, **loaded.inputs).sites
+    assert sites
+    assert all(site.rewritten for site in sites)
+    assert {site.score_function for site in sites} == {FOUND[model_type]}
+    # afmoe's router begins with zeros: all tokens choose the same experts.
+    assert model_type == "afmoe" or all(site.unique_experts_after < site.unique_experts_before for site in sites)
+
+
+@pytest.mark.parametrize("model_type", kinds(REFUSED))
+def test_a_type_is_refused_for_its_reason(model_type: str) -> None:
+    loaded = loading.load(model_type, batch=2, tokens=40)
+    report = dmoe_compile.explain(loaded.model, **loaded.inputs)
+    assert not report.sites
+    assert any(REFUSED[model_type] in reason for _, reason in report.refused)
