@@ -64,7 +64,7 @@ def test_of_a_stack_of_experts_a_matmul_reads_the_active_share() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"shapes": ("x",)}, "shapes has 'x'"),
+        ({"shapes": ("x",)}, "shapes='x'"),
         ({"coresets": (-1,)}, "coresets has -1"),
         ({"bandwidth_share": 1.5}, r"bandwidth_share is 1.5, but must be in \(0, 1\]"),
         ({"launch_us": -1.0}, "launch_us is -1"),
