@@ -11,7 +11,8 @@ from dmoe_compile.passes.dmoe import Options as DMoE
 import dmoe_compile
 from dmoe_compile import loading
 
-TEXT = (Path(__file__).parents[1] / "docs/models.md").read_text().partition("## Types of transformers")[2]
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs/models.md").read_text().partition("## Types of transformers")[2]
 TABLES = [dict(re.findall(r"^\| (\S+) \| (.+) \|$", part, re.MULTILINE)) for part in TEXT.split("These are refused")]
 FOUND = {name: score for score, names in TABLES[0].items() for name in re.findall(r"`(\w+)`", names)}
 REFUSED = {name.strip("`"): reason for name, reason in TABLES[1].items() if name.startswith("`")}
@@ -23,7 +24,7 @@ def kinds(names: dict[str, str]) -> list[object]:
 
 
 def test_the_tables_are_read() -> None:
-    assert len(FOUND) > 40
+    assert f"lists\n{len(FOUND)} types" in (ROOT / "README.md").read_text()
     assert len(REFUSED) == 5
     assert set(FOUND.values()) == {"softmax", "sigmoid", "logits"}
 
