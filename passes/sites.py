@@ -234,7 +234,7 @@ class _Finder:
                 dims = shape(node) or (0,)
                 # Of one token, k weights in a row are those of its experts in another order: sorted for grouped_mm.
                 if len(dims) > 1 and same(dims[-1], sel.top_k) and same(prod(dims), pairs):
-                    return None if _is_reordered(sel, reach, node) else node
+                    return node if same(pairs, 1) or not _is_reordered(sel, reach, node) else None
                 sources = [a for a in node.all_input_nodes if a in reach.routing and is_float(a)]
                 if len(sources) != 1 or packet(node) not in VIEWS | GATHERS:
                     break

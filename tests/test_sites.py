@@ -329,6 +329,17 @@ def test_weights_in_another_order_than_the_ids_are_not_read() -> None:
     assert [site.weights for site in sites] == [None]
 
 
+@pytest.mark.parametrize("experts", zoo.EXPERTS)
+def test_one_weight_has_no_order(experts: zoo.Experts) -> None:
+    """Top-1 of one token: what is sorted for grouped_mm, and back, is a single pair."""
+    block = zoo.build("olmoe", experts).model.layers[0].mlp
+    block.gate.top_k = 1
+    x = torch.randn(1, 1, zoo.HIDDEN)
+    (sites, _), _ = capture.inference(block, x)
+    assert [site.top_k for site in sites] == [1]
+    assert None not in [site.weights for site in sites]
+
+
 def test_a_router_whose_experts_are_in_another_graph_is_named() -> None:
     (_, (router,)), _ = capture.inference(Broken(), torch.randn(2, 5, H))
     assert router.is_router
