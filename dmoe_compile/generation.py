@@ -129,6 +129,7 @@ def generate(
     """
     loading.check_model(model)
     check_config(config)
+    _check_helpers(generator, streamer, progress)
     model, config = _runnable(model, config, counts=trace is not None)
     facts = _facts(model)
     stops = _stops(facts, eos_token_id)
@@ -152,13 +153,7 @@ def generate(
     if not isinstance(pad, int):  # some configs hold a list, or none
         pad = stops[0] if stops else sampling.mask_token_id
     prompts, lengths = _prompts(input_ids, attention_mask, pad)
-    for number, (row, tokens) in enumerate(zip(prompts, lengths, strict=True)):
-        if (row[:tokens] == sampling.mask_token_id).any():
-            raise ValueError(
-                f"prompt {number} holds the mask token, {sampling.mask_token_id}, which decoding would fill in"
-            )
-    ids = [row[:tokens] for row, tokens in zip(prompts, lengths, strict=True)]
-    _check_ids(model, torch.cat(ids), sampling.mask_token_id)
+    _check_ids(model, [row[:n] for row, n in zip(prompts, lengths, strict=True)], sampling.mask_token_id)
     team = config.selected.get("team") if config is not None else None
     with _writer(trace) as write:
         seen = _Seen(write)
@@ -352,13 +347,28 @@ def _prompts(input_ids: Any, mask: Any, pad: int) -> tuple[Tensor, list[int]]:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad), [len(row) for row in rows]
 
 
-def _check_ids(model: Any, prompts: Tensor, mask_token_id: int) -> None:
-    """Raise ValueError for ids, [any number], that the model has no embedding of."""
+def _check_helpers(generator: Any, streamer: Any, progress: Any) -> None:
+    """Raise ValueError for what generate() would only call late, or at some temperatures."""
+    streams = callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))
+    for name, given, fits, what in (
+        ("generator", generator, isinstance(generator, torch.Generator), "a torch.Generator"),
+        ("streamer", streamer, streams, "a streamer with put() and end(), such as transformers' TextStreamer"),
+        ("progress", progress, callable(getattr(progress, "add_task", None)), "a rich.progress.Progress"),
+    ):
+        if given is not None and not fits:
+            raise ValueError(f"{name}={given!r} must be {what}")
+
+
+def _check_ids(model: Any, prompts: Sequence[Tensor], mask_token_id: int) -> None:
+    """Raise ValueError for prompts, [S] each, with the mask token or with ids that the model has no embedding of."""
+    for number, prompt in enumerate(prompts):
+        if (prompt == mask_token_id).any():
+            raise ValueError(f"prompt {number} holds the mask token, {mask_token_id}, which decoding would fill in")
     embed = getattr(model, "get_input_embeddings", None)
     weight = getattr(embed() if embed is not None else None, "weight", None)
     if weight is None:
         return
-    for what, ids in (("input_ids", prompts), ("mask_token_id", prompts.new_tensor([mask_token_id]))):
+    for what, ids in (("input_ids", torch.cat(list(prompts))), ("mask_token_id", torch.tensor([mask_token_id]))):
         wrong = ids[(ids < 0) | (ids >= len(weight))]
         if len(wrong):
             raise ValueError(f"{what} holds {int(wrong[0])}, but the model has tokens 0 to {len(weight) - 1}")
