@@ -13,7 +13,6 @@ import forms
 LOOPS = [name for name, form in forms.FORMS.items() if form.prepared]
 OF_LISTS = [name for name in LOOPS if name != "expert_hit"]
 HIDDEN = forms.CONFIG["hidden_size"]
-CLOSE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-5, "atol": 2**-5}}
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> Tensor:

@@ -18,12 +18,11 @@ from torch.testing import assert_close
 import forms
 from dmoe_compile import Config, prepare
 from reference_model import Rewriting
+from tiny_moe import TOLERANCE
 
 B, S, L = 2, 24, 8  # three blocks a row
 MIN_EXPERTS = 4  # of 12: 8 tokens of 3 experts each want about 9 of them
 OPTIONS = {"block_length": L, "dmoe.min_experts": MIN_EXPERTS, "dmoe.top_p": 0.3}
-# Stacked experts sum the same products in another order. bf16 rounds each of them once more than eager or once less.
-TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 2**-5, "atol": 2**-5}}
 DTYPES = list(TOLERANCE)
 
 

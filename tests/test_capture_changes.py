@@ -18,7 +18,8 @@ from torch.testing import assert_close
 
 import forms
 from dmoe_compile import prepare, unprepare
-from loop_blocks import CLOSE, HIDDEN, LOOPS, inputs, output
+from loop_blocks import HIDDEN, LOOPS, inputs, output
+from tiny_moe import INDUCTOR, TOLERANCE
 
 # What is followed.
 
@@ -76,7 +77,7 @@ def test_weights_are_never_stale(name: str, change: Callable[[nn.Module], nn.Mod
     prepare(block)
     changed, wanted = change(block), change(plain)
     x = inputs(next(wanted.parameters()).dtype)
-    tolerance = CLOSE.get(x.dtype, CLOSE[torch.bfloat16])
+    tolerance = TOLERANCE.get(x.dtype, TOLERANCE[torch.bfloat16])
     assert_close(output(changed, x), output(wanted, x), **tolerance)
     with torch.no_grad():
         for parameters in (changed.parameters(), wanted.parameters()):
@@ -96,7 +97,7 @@ def test_compiled_code_follows_too(change: Callable[[nn.Module], nn.Module]) -> 
         for parameter in (*block.parameters(), *plain.parameters()):
             parameter.mul_(0.5)  # stale weights would still have the values of before
     x = inputs(next(plain.parameters()).dtype)
-    assert_close(output(compiled, x), output(plain, x), **CLOSE[x.dtype])
+    assert_close(output(compiled, x), output(plain, x), **TOLERANCE[x.dtype])
 
 
 def test_a_copy_has_weights_of_its_own() -> None:
@@ -261,15 +262,15 @@ def test_what_happens_to_experts_later_is_not_lost(
     change(block), change(plain)
     wanted = output(plain, x)
     if not (name == "bailing" and change is fewer_experts_a_token):  # which its gate does not read
-        assert not torch.allclose(own, wanted, **CLOSE[torch.float32])
-    assert_close(output(block, x), wanted, **CLOSE[torch.float32])
-    assert_close(output(block, x), wanted, **CLOSE[torch.float32])
+        assert not torch.allclose(own, wanted, **INDUCTOR)
+    assert_close(output(block, x), wanted, **INDUCTOR)
+    assert_close(output(block, x), wanted, **INDUCTOR)
     assert len(caplog.messages) <= 1  # said once
     (entry,) = prepare(block).blocks
     assert entry.reason or entry.how
-    assert_close(output(block, x), wanted, **CLOSE[torch.float32])
+    assert_close(output(block, x), wanted, **INDUCTOR)
     unprepare(block)
-    assert_close(output(block, x), wanted, **CLOSE[torch.float32])
+    assert_close(output(block, x), wanted, **INDUCTOR)
 
 
 NOT_TOLD = {hooked_later, patched_later}  # Dynamo ignores hooks on a module that it has compiled, in any model
@@ -282,7 +283,7 @@ def test_compiled_code_notices_too(change: Callable[[Any], None]) -> None:
     compiled = torch.compile(block, backend="eager")
     output(compiled, x)
     change(block), change(plain)
-    assert_close(output(compiled, x), output(plain, x), **CLOSE[torch.float32])
+    assert_close(output(compiled, x), output(plain, x), **INDUCTOR)
 
 
 def test_compiled_code_stays_stacked_with_new_parameters() -> None:
@@ -291,4 +292,4 @@ def test_compiled_code_stays_stacked_with_new_parameters() -> None:
     compiled = torch.compile(block, backend="eager", fullgraph=True)  # its own code would break the graph
     output(compiled, x)
     another_parameter(block), another_parameter(plain)
-    assert_close(output(compiled, x), output(plain, x), **CLOSE[torch.float32])
+    assert_close(output(compiled, x), output(plain, x), **INDUCTOR)

@@ -18,7 +18,8 @@ from transformers.models.nllb_moe.modeling_nllb_moe import NllbMoeSparseMLP
 
 import forms
 from dmoe_compile import prepare
-from loop_blocks import CLOSE, HIDDEN, Wrapper, inputs, output, replaced
+from loop_blocks import HIDDEN, Wrapper, inputs, output, replaced
+from tiny_moe import INDUCTOR
 
 # What only looks right: wrong mathematics that the block's own weights, or small inputs, would not show.
 
@@ -78,7 +79,7 @@ def test_weights_that_show_nothing_do_not_mislead() -> None:
         nn.init.zeros_(expert.down_proj.weight)
     assert str(prepare(block).prepared[0].how) == "the whole block (softmax)"
     block.load_state_dict(plain.state_dict())
-    assert_close(output(block, inputs()), output(plain, inputs()), **CLOSE[torch.float32])
+    assert_close(output(block, inputs()), output(plain, inputs()), **INDUCTOR)
 
 
 def test_a_softmax_in_low_precision_is_told_from_one_in_fp32() -> None:

@@ -27,7 +27,7 @@ from dmoe_compile import Config, backend
 from llada2 import tiny
 from moe_forms import H, Sampled
 from reference_model import Rewriting
-from tiny_moe import ATEN
+from tiny_moe import ATEN, INDUCTOR
 
 S = 8
 
@@ -147,7 +147,7 @@ def test_insisting_means_layers_of_experts() -> None:
     with torch.no_grad():
         out, (_, best) = compiled(x)
         own, (_, own_best) = model(x)
-    torch.testing.assert_close(out, own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out, own, **INDUCTOR)
     assert torch.equal(best, own_best)
 
 
@@ -167,7 +167,7 @@ def test_insisting_makes_loops_traceable(way: str) -> None:
             compiled = torch.compile(block, backend="dmoe", options={"experts": True, **ATEN}, fullgraph=True)
         else:
             compiled = dmoe_compile.compile(block, Config(experts=True, inductor=ATEN), fullgraph=True)
-        torch.testing.assert_close(compiled(x)[0], own, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(x)[0], own, **INDUCTOR)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from dmoe_compile import stacking
 from dmoe_compile.bench.published import MLP, experts_of
 from dmoe_compile.stacking import NotStackableError, Stack, read_form
 from forms import CONFIG, config
+from tiny_moe import SUMS
 
 HIDDEN, EXPERTS, TOP_K = CONFIG["hidden_size"], CONFIG["num_experts"], CONFIG["num_experts_per_tok"]
 
@@ -140,7 +141,7 @@ def test_computes_what_the_experts_compute(bias: bool) -> None:
     experts = experts_of(config(mlp_bias=bias))
     with torch.no_grad():
         expected = one_by_one(experts, *routed())
-        assert_close(Stack(list(experts))(*routed()), expected, rtol=1e-5, atol=1e-6)
+        assert_close(Stack(list(experts))(*routed()), expected, **SUMS)
 
 
 def test_parameters_become_views_and_get_their_memory_back() -> None:
@@ -179,7 +180,7 @@ def test_follows_new_memory() -> None:
     experts[3].up_proj.weight.data = torch.zeros_like(experts[3].up_proj.weight)
     assert stack.refresh(list(experts)) == ""
     with torch.no_grad():
-        assert_close(stack(*routed()), one_by_one(experts, *routed()), rtol=1e-5, atol=1e-6)
+        assert_close(stack(*routed()), one_by_one(experts, *routed()), **SUMS)
     assert stack.weights is not held
     assert not stack.weights[0][3, 24:].any()
 
@@ -264,7 +265,7 @@ def test_says_what_it_cannot_follow(change: Callable[[nn.ModuleList], None]) -> 
     assert BREAKS[change] in reason
     if not reason:
         with torch.no_grad():
-            assert_close(stack(*routed()), one_by_one(experts, *routed()), rtol=1e-5, atol=1e-6)
+            assert_close(stack(*routed()), one_by_one(experts, *routed()), **SUMS)
 
 
 def test_parameters_lent_for_one_call_are_not_stacked() -> None:
