@@ -359,7 +359,7 @@ def _check_helpers(generator: Any, streamer: Any, progress: Any) -> None:
             raise ValueError(f"{name}={given!r} must be {what}")
 
 
-def _check_ids(model: Any, prompts: Sequence[Tensor], mask_token_id: int) -> None:
+def _check_ids(model: Any, prompts: list[Tensor], mask_token_id: int) -> None:
     """Raise ValueError for prompts, [S] each, with the mask token or with ids that the model has no embedding of."""
     for number, prompt in enumerate(prompts):
         if (prompt == mask_token_id).any():
@@ -368,7 +368,7 @@ def _check_ids(model: Any, prompts: Sequence[Tensor], mask_token_id: int) -> Non
     weight = getattr(embed() if embed is not None else None, "weight", None)
     if weight is None:
         return
-    for what, ids in (("input_ids", torch.cat(list(prompts))), ("mask_token_id", torch.tensor([mask_token_id]))):
+    for what, ids in (("input_ids", torch.cat(prompts)), ("mask_token_id", torch.tensor([mask_token_id]))):
         wrong = ids[(ids < 0) | (ids >= len(weight))]
         if len(wrong):
             raise ValueError(f"{what} holds {int(wrong[0])}, but the model has tokens 0 to {len(weight) - 1}")

@@ -232,7 +232,8 @@ class _Finder:
         for node in starts:
             while node in reach.routing and is_float(node):
                 dims = shape(node) or (0,)
-                # Of one token, k weights in a row are those of its experts in another order: sorted for grouped_mm.
+                # Of one token, k weights in a row are those of its experts in another order, sorted for
+                # grouped_mm; one weight has no order.
                 if len(dims) > 1 and same(dims[-1], sel.top_k) and same(prod(dims), pairs):
                     return node if same(pairs, 1) or not _is_reordered(sel, reach, node) else None
                 sources = [a for a in node.all_input_nodes if a in reach.routing and is_float(a)]
