@@ -180,7 +180,9 @@ def experts(
     distinct: Annotated[str, typer.Option(help="Experts that tokens are routed to; 0 for any.")] = "0,70,40,15,8",
     dtypes: Annotated[str, typer.Option(help="bfloat16, float32.")] = "bfloat16,float32",
     calls: Annotated[int, typer.Option(help="Timed calls of each way; medians are shown.")] = 20,
-    isa: Annotated[str | None, typer.Option(help="avx512_bf16, avx512, avx2 or portable; the best by default.")] = None,
+    isa: Annotated[
+        str | None, typer.Option(help="amx_bf16, avx512_bf16, avx512, avx2 or portable; the best by default.")
+    ] = None,
     inductor: Annotated[bool, typer.Option(help="Also compile grouped_mm, for each row.")] = True,
     huge_pages: Annotated[bool, typer.Option("--huge-pages", help="Also time the kernel on huge pages.")] = False,
     json: Json = None,

@@ -15,7 +15,7 @@
 // a sum that is left for later is stored with its lanes.
 //
 // T: tokens; k: experts a token; E: experts; H, I: hidden size and expert width; P: routed pairs
-#include "products.h"
+#include "amx.h"
 #include "scratch.h"
 
 namespace {
@@ -48,7 +48,7 @@ struct Share {
 };
 
 constexpr int64_t kScratchBytes = 64 << 20;  // of a call, if a token takes no more
-constexpr int64_t kGroup = 192;  // tokens of an expert that a block of rows is multiplied with at once
+constexpr int64_t kGroup = 192;  // tokens of an expert that its rows are multiplied with at once, at most
 
 template <class Element, class First, class Second>
 class Layer {
@@ -110,8 +110,11 @@ class Layer {
         const int64_t copied = std::max(First::kCopyFloats, Second::kCopyFloats);
         const int64_t stride = Rows<Widening<float>>::copy_stride(std::max(call_.hidden_size, call_.width));
         const int64_t outputs = kGroup * std::max(2 * First::kBlock, Second::kBlock);
+        const int64_t most = std::min(kGroup, call_.num_tokens * call_.top_k);
+        const int64_t first = First::panel_bytes(most, call_.hidden_size);
+        const int64_t second = Second::panel_bytes(most, call_.width);
         return {memory.take<Vec>(Rows<Widening<float>>::kBlock * kTokens), memory.take<float>(copied * stride),
-                memory.take<float>(outputs), memory.take<float>(std::max(2 * First::kBlock, Second::kBlock))};
+                memory.take<char>(std::max(first, second)), memory.take<float>(outputs), memory.take<float>(std::max(2 * First::kBlock, Second::kBlock))};
     }
 
     // Sorts pairs by expert. The one place that looks at ids: those outside [0, E) are not routed.
@@ -152,6 +155,12 @@ class Layer {
         if (outputs.begin < outputs.end) down(outputs, room);
     }
 
+    // How many tokens of an expert are multiplied with its weights at once; there are about as many each time.
+    int64_t group_of(int64_t expert) const {
+        const int64_t tokens = starts_[expert + 1] - starts_[expert];
+        return padded(pieces(tokens, pieces(tokens, kGroup)));
+    }
+
     static void wait() {
 #ifdef _OPENMP
 #pragma omp barrier
@@ -160,38 +169,45 @@ class Layer {
 
     // mid for the rows of a share; `then` is read next.
     void gate_up(const Share& share, const Room& room, const void* then) const {
-        const bool in_turn = call_.layout == Layout::kInterleaved, two = two_blocks();
+        [[maybe_unused]] const typename First::Setup setup;
+        const bool in_turn = call_.layout == Layout::kInterleaved;
         const int64_t block = in_turn ? First::kBlock / 2 : First::kBlock;
-        float* ups = room.outputs + kGroup * First::kBlock;
         for (int64_t a = 0; a < num_active_; ++a) {
-            const int64_t e = active_[a];
-            for (int64_t i = share.begin; i < share.end; i += block) {
-                const int64_t count = std::min(block, share.end - i);
-                const bool last = i + block >= share.end;
-                const void* next = !last                ? gate_weights(e, i + block)
-                                   : a + 1 < num_active_ ? gate_weights(active_[a + 1], share.begin)
-                                                         : then;
-                const Element *gate = gate_weights(e, i), *up = two ? up_weights(e, i) : nullptr;
-                const int64_t outputs = in_turn ? 2 * count : count;
-                bias(call_.gate_up_bias, e * gate_size() + (in_turn ? 2 * i : i), outputs, room.bias);
-                if (call_.layout == Layout::kConcatenated)
-                    bias(call_.gate_up_bias, e * gate_size() + call_.width + i, count, room.bias + First::kBlock);
-                else if (two)
-                    bias(call_.up_bias, e * call_.width + i, count, room.bias + First::kBlock);
-                for (int64_t p = starts_[e]; p < starts_[e + 1]; p += kGroup) {
-                    const int64_t tokens = std::min(kGroup, starts_[e + 1] - p);
+            const int64_t e = active_[a], group = group_of(e);
+            const void* after = a + 1 < num_active_ ? gate_weights(active_[a + 1], share.begin) : then;
+            for (int64_t p = starts_[e]; p < starts_[e + 1]; p += group) {
+                const int64_t tokens = std::min(group, starts_[e + 1] - p);
+                First::gather(xs_ + p, tokens, call_.hidden_size, room.panel);
+                for (int64_t i = share.begin; i < share.end; i += block) {
+                    const int64_t count = std::min(block, share.end - i);
+                    const void* next = i + block < share.end       ? gate_weights(e, i + block)
+                                       : p + group < starts_[e + 1] ? gate_weights(e, share.begin)
+                                                                    : after;
+                    const bool two = two_blocks();
+                    const Element *gate = gate_weights(e, i), *up = two ? up_weights(e, i) : nullptr;
                     const int64_t stride = First::stride(gate_size(), call_.hidden_size);
-                    Block<Element> of{gate, stride, outputs, call_.hidden_size, two ? up : next};
+                    Block<Element> of{gate, stride, in_turn ? 2 * count : count, call_.hidden_size, two ? up : next};
                     First::multiply(of, xs_ + p, tokens, room, room.outputs);
                     if (two) {
                         of.weights = up;
                         of.next = next;
-                        First::multiply(of, xs_ + p, tokens, room, ups);
+                        First::multiply(of, xs_ + p, tokens, room, room.outputs + kGroup * First::kBlock);
                     }
+                    gate_up_bias(e, i, count, room.bias);
                     activate(room, p, tokens, i, count);
                 }
             }
         }
+    }
+
+    // Of the outputs that rows i to i + count have, in `to` as they are in Room.
+    void gate_up_bias(int64_t expert, int64_t i, int64_t count, float* to) const {
+        const int64_t each = call_.layout == Layout::kInterleaved ? 2 : 1;
+        bias(call_.gate_up_bias, expert * gate_size() + each * i, each * count, to);
+        if (call_.layout == Layout::kConcatenated)
+            bias(call_.gate_up_bias, expert * gate_size() + call_.width + i, count, to + First::kBlock);
+        else if (call_.layout == Layout::kSeparate)
+            bias(call_.up_bias, expert * call_.width + i, count, to + First::kBlock);
     }
 
     // mid[p, i:i + count] of the outputs in `room`.
@@ -224,18 +240,20 @@ class Layer {
         const int64_t H = call_.hidden_size;
         for (int64_t t = 0; t < call_.num_tokens; ++t)
             std::fill(total_ + t * H + share.begin, total_ + t * H + share.end, 0.0f);
+        [[maybe_unused]] const typename Second::Setup setup;
         for (int64_t a = 0; a < num_active_; ++a) {
-            const int64_t e = active_[a];
-            for (int64_t h = share.begin; h < share.end; h += Second::kBlock) {
-                const int64_t count = std::min(Second::kBlock, share.end - h);
-                const bool last = h + Second::kBlock >= share.end;
-                const void* next = last ? down_weights(a + 1, share.begin) : down_weights(a, h + Second::kBlock);
-                bias(call_.down_bias, e * H + h, count, room.bias);
-                for (int64_t p = starts_[e]; p < starts_[e + 1]; p += kGroup) {
-                    const int64_t tokens = std::min(kGroup, starts_[e + 1] - p);
+            const int64_t e = active_[a], group = group_of(e);
+            for (int64_t p = starts_[e]; p < starts_[e + 1]; p += group) {
+                const int64_t tokens = std::min(group, starts_[e + 1] - p);
+                const void* after = down_weights(p + group < starts_[e + 1] ? a : a + 1, share.begin);
+                Second::gather(mids_ + p, tokens, call_.width, room.panel);
+                for (int64_t h = share.begin; h < share.end; h += Second::kBlock) {
+                    const int64_t count = std::min(Second::kBlock, share.end - h);
+                    const void* next = h + Second::kBlock < share.end ? down_weights(a, h + Second::kBlock) : after;
                     const int64_t stride = Second::stride(H, call_.width);
                     const Block<Element> of{down_weights(a, h), stride, count, call_.width, next};
                     Second::multiply(of, mids_ + p, tokens, room, room.outputs);
+                    bias(call_.down_bias, e * H + h, count, room.bias);
                     for (int64_t m = 0; m < tokens; ++m)
                         add(room.outputs + m * Second::kBlock, room.bias, call_.weights[pairs_[p + m]], count,
                             total_ + pairs_[p + m] / call_.top_k * H + h);
@@ -338,7 +356,11 @@ bool in_turns(Call call) {
 
 template <class Element>
 bool run(const Call& call, bool transposed, bool down_transposed) {
+#ifdef __AMX_BF16__
+    using ByRows = std::conditional_t<std::is_same_v<Element, BFloat>, Tiles, Rows<Product<Element>>>;
+#else
     using ByRows = Rows<Product<Element>>;
+#endif
     using ByColumns = Columns<Element>;
     const auto turns = transposed
         ? (down_transposed ? in_turns<Element, ByColumns, ByColumns> : in_turns<Element, ByColumns, ByRows>)

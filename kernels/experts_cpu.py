@@ -8,7 +8,7 @@ first use for the hidden state's dtype and what the machine has; where there is 
 
 Numerics of the kernel: products and sums in fp32; act(gate) * up is rounded once, to hidden's dtype, and the sum over
 experts once, to the result's. A token's experts are added in the order of their ids, each times its routing weight, in
-fp32. With avx512_bf16, subnormal bf16 values count as zero in products.
+fp32. With avx512_bf16 and amx_bf16, subnormal bf16 values count as zero in products.
 Batch invariance: a token's result has the same bits alone and in any batch, with any number of threads, every time.
 
 After a fork it is as it is with PyTorch's own operations: a child hangs at its first parallel region if the parent has
@@ -35,15 +35,17 @@ from torch import Tensor
 Layout = Literal["concatenated", "interleaved", "separate", "plain"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swigluoai"]
 # What the kernel is compiled for, the fastest first, and what of torch.cpu.get_capabilities() that takes.
-Isa = Literal["avx512_bf16", "avx512", "avx2", "portable"]
+Isa = Literal["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"]
 _AVX2 = ("avx2", "fma3", "f16c")
 _AVX512 = (*_AVX2, "avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")
 _NEEDS: dict[Isa, tuple[str, ...]] = {
+    "amx_bf16": (*_AVX512, "avx512_bf16", "amx_tile", "amx_bf16"),
     "avx512_bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2, "portable": ()
 }  # fmt: skip
 _O2 = "-O2"  # Inductor's -O3 takes a third longer to compile, and its copies of the inner loops spill registers
 _AVX512_FLAGS = (_O2, "-march=haswell", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
 FLAGS: dict[Isa, tuple[str, ...]] = {
+    "amx_bf16": (*_AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512_bf16": (*_AVX512_FLAGS, "-mavx512bf16"),
     "avx512": _AVX512_FLAGS,
     "avx2": (_O2, "-march=haswell"),
@@ -136,7 +138,8 @@ def built(dtype: torch.dtype, isa: Isa | None = None) -> Callable[..., int] | No
         dtype: fp32, bf16 or fp16.
         isa: what to build for, this machine's best if left out; one that it lacks ends the process when called.
     """
-    found = library("experts", (*FLAGS[isa or best_isa()], f"-DELEMENT={_ELEMENTS[dtype]}"))
+    best = best_isa()  # which also asks the system for AMX's registers
+    found = library("experts", (*FLAGS[isa or best], f"-DELEMENT={_ELEMENTS[dtype]}"))
     if found is None:
         return None
     pointers, sizes, numbers = [ctypes.c_void_p] * 10, [ctypes.c_int64] * 5, [ctypes.c_int] * 5
@@ -148,7 +151,18 @@ def built(dtype: torch.dtype, isa: Isa | None = None) -> Callable[..., int] | No
 def best_isa() -> Isa:
     """Return the fastest instruction set of Isa that this machine has."""
     has = torch.cpu.get_capabilities()
-    return next(isa for isa, needs in _NEEDS.items() if all(has.get(each) for each in needs))
+    found = [isa for isa, needs in _NEEDS.items() if all(has.get(each) for each in needs)]
+    return found[1] if found[0] == "amx_bf16" and not _amx_works() else found[0]
+
+
+def _amx_works() -> bool:
+    """Ask the compiler, GCC from 11 on, and the system, Linux from 5.16 on, as Inductor does."""
+    from torch._inductor.cpu_vec_isa import VecAMX
+
+    try:
+        return bool(VecAMX())
+    except Exception:  # as library() has it, which says so
+        return False
 
 
 def run(kernel: Callable[..., int], given: Operands, out_dtype: torch.dtype) -> Tensor:

@@ -49,9 +49,31 @@ extern "C" uint64_t read(const char* const* ranges, const int64_t* sizes, int64_
     return seen;
 }
 
-// Multiplies and adds `steps` times in every thread, by vdpbf16ps where `pairs` says so and there is that; returns
-// floating-point operations.
+// Multiplies and adds `steps` times in every thread, by tdpbf16ps or vdpbf16ps where `pairs` says so and there is that;
+// returns floating-point operations.
 extern "C" double multiply(int64_t steps, int pairs, int threads) {
+#ifdef __AMX_BF16__
+    if (pairs) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+        for (int thread = 0; thread < threads; ++thread) {
+            struct {
+                uint8_t palette = 1, unused[15] = {};
+                uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine, kLine};
+                uint8_t rows[16] = {16, 16, 16, 16, 16, 16};
+            } config;
+            asm volatile("" : : "r"(&config) : "memory");
+            _tile_loadconfig(&config);
+            for (int64_t step = 0; step < steps; ++step) {
+                _tile_dpbf16ps(0, 4, 5);
+                _tile_dpbf16ps(1, 4, 5);
+                _tile_dpbf16ps(2, 4, 5);
+                _tile_dpbf16ps(3, 4, 5);
+            }
+            _tile_release();
+        }
+        return static_cast<double>(steps) * threads * 4 * (16 * 16 * 32 * 2);
+    }
+#endif
     bool paired = false;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; ++thread) {

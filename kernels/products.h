@@ -6,6 +6,13 @@
 
 namespace {
 
+// What products take that read tokens as they lie.
+struct Unturned {
+    struct Setup {};
+    static int64_t panel_bytes(int64_t /*tokens*/, int64_t /*depth*/) { return 0; }
+    static void gather(const void* /*inputs*/, int64_t /*tokens*/, int64_t /*depth*/, char* /*panel*/) {}
+};
+
 // ---- Weights by rows: a dot product for each row and token, in register tiles
 
 // A row of weights, widened to fp32 in registers, and an input that has been taken apart.
@@ -69,10 +76,20 @@ struct Block {
     const void* next;  // a block of this size that is read next, or null
 };
 
+// Asks for the next block within so many steps of the present one.
+template <class Weight>
+Ahead ahead_of(const Block<Weight>& block, int64_t steps) {
+    if (block.next == nullptr) return {};
+    const char* at = static_cast<const char*>(block.next);
+    const int64_t bytes = block.count * block.depth * static_cast<int64_t>(sizeof(Weight));
+    return {at, at + bytes, pieces(pieces(bytes, kLine), steps)};
+}
+
 // Of one thread.
 struct Room {
     Vec* sums;
-    float* copy;     // of a block's weights in fp32
+    float* copy;     // of a block's weights
+    char* panel;     // tokens, turned
     float* outputs;  // gate's and up's, or down's
     float* bias;
 };
@@ -151,7 +168,7 @@ struct Tile {
 };
 
 template <class Product>
-struct Rows {
+struct Rows : Unturned {
     using Weight = typename Product::Weight;
     using Input = typename Product::Input;
     static constexpr int64_t kBlock = 32;  // rows: twice a page of 2048 bf16, and two blocks stay in the second level
@@ -167,16 +184,17 @@ struct Rows {
     static void multiply(
         const Block<Weight>& block, const Input* const* inputs, int64_t tokens, const Room& room, float* out) {
         const int64_t tiles = pieces(tokens, kTokens);
+        const Ahead ahead = ahead_of(block, tiles * pieces(block.count, kRows) * pieces(block.depth, kStep));
         if constexpr (Product::kCopies) {
             if (tiles >= kTilesOfCopy) {
                 const int64_t stride = copy_stride(block.depth);
                 for (int64_t r = 0; r < block.count; ++r)
                     take_apart(block.weights + r * block.stride, block.depth, room.copy + r * stride);
                 Block<float> copy{room.copy, stride, block.count, padded(block.depth), nullptr};
-                return Rows<Widening<float>>::multiply(copy, inputs, tokens, room, out, ahead_of(block, tiles));
+                return Rows<Widening<float>>::multiply(copy, inputs, tokens, room, out, ahead);
             }
         }
-        multiply(block, inputs, tokens, room, out, ahead_of(block, tiles));
+        multiply(block, inputs, tokens, room, out, ahead);
     }
 
     static void multiply(
@@ -214,14 +232,6 @@ struct Rows {
     // From so many tiles on, widening each weight once, into a copy, is cheaper than in every tile.
     static constexpr int64_t kTilesOfCopy = 3;
 
-    static Ahead ahead_of(const Block<Weight>& block, int64_t tiles) {
-        if (block.next == nullptr) return {};
-        const char* at = static_cast<const char*>(block.next);
-        const int64_t bytes = block.count * block.depth * static_cast<int64_t>(sizeof(Weight));
-        const int64_t steps = tiles * pieces(block.count, kRows) * pieces(block.depth, kStep);
-        return {at, at + bytes, pieces(pieces(bytes, kLine), steps)};
-    }
-
     template <int... kCount>
     static void run(const Tile<Product>& tile, int64_t count, Ahead& ahead, std::integer_sequence<int, kCount...>) {
         (void)((count == kCount + 1 && (tile.template multiply<kCount + 1>(ahead), true)) || ...);
@@ -231,7 +241,7 @@ struct Rows {
 // ---- Weights by columns, [depth, outputs]: each row of them, times one input of every token, is added to all outputs
 
 template <class Element>
-struct Columns {
+struct Columns : Unturned {
     using Weight = Element;
     using Input = float;
     static constexpr int64_t kBlock = 512;

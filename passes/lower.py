@@ -5,8 +5,8 @@
     experts=False    nowhere: there is no Lowering then
 
 On GPUs the kernels are Triton's, for up to 1,024 tokens of a forward: longer ones are prefill, which matrix
-multiplication limits. On CPUs it is one of C++, for experts only, which takes any number of tokens; but with AMX, which
-it does not use, oneDNN's matmuls of bf16 are left alone where experts have many tokens each.
+multiplication limits. On CPUs it is one of C++, for experts only, which takes any number of tokens; but it multiplies
+weights that lie transposed without AMX: where there is that, and experts have many tokens each, they are oneDNN's.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from math import prod
 from typing import Any, Literal
 
 import torch
-from dmoe_compile.kernels.experts_cpu import available
+from dmoe_compile.kernels.experts_cpu import available, best_isa
 from dmoe_compile.kernels.limits import MAX_TOKENS
 from dmoe_compile.passes.constrain import Outcome, Settings, describe
 from dmoe_compile.passes.cost import GPUS, Gpu, reading_limits
@@ -65,6 +65,8 @@ class Lowering:
         """
         size = self._size_reason(site)
         found: Bank | str = self._reason(site) or size or self._tried(self.reader.read, site)
+        if self.experts == "auto" and isinstance(found, Bank):
+            found = _amx_reason(site, found) or found
         if self.experts is True and isinstance(found, str) and found != size:  # a prompt is not what kernels are for
             raise NotFusedError(
                 f"experts=True, but {site.name} can't have the fused kernel: {found}; use experts='auto'"
@@ -208,12 +210,19 @@ class _Unrouted:
 def _cpu_reason(site: Site) -> str:
     """Return why a site keeps its own experts on this CPU, "" where it need not."""
     value = site.expert_weights[0].meta["val"]
-    if value.dtype in (torch.float32, torch.bfloat16, torch.float16) and not available(value.dtype):
-        return "the C++ kernel can't be built here"
+    unbuilt = value.dtype in (torch.float32, torch.bfloat16, torch.float16) and not available(value.dtype)
+    return "the C++ kernel can't be built here" if unbuilt else ""
+
+
+def _amx_reason(site: Site, bank: Bank) -> str:
+    """Return why a site's experts are left to oneDNN on this CPU, "" where they are not."""
+    value = site.expert_weights[0].meta["val"]
+    by_columns = bank.form.transposed or bank.form.down_transposed
+    if not by_columns or (value.device.type, value.dtype, best_isa()) != ("cpu", torch.bfloat16, "amx_bf16"):
+        return ""
     tokens = prod(hints(site.ids.meta["val"].shape)) / site.num_experts
-    if value.dtype == torch.bfloat16 and tokens > _AMX_TOKENS and torch.cpu._is_amx_tile_supported():
-        return f"its experts have over {_AMX_TOKENS} tokens each, whose matmuls AMX does faster"
-    return ""
+    many = f"its weights lie transposed and its experts have over {_AMX_TOKENS} tokens each: oneDNN's AMX is faster"
+    return many if tokens > _AMX_TOKENS else ""
 
 
 def gpu_of(device: torch.device) -> Gpu:

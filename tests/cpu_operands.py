@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -17,7 +19,15 @@ from expert_operands import DTYPES
 
 ISAS = get_args(Isa)
 X86 = platform.machine() in ("x86_64", "AMD64")
-HERE = ISAS[ISAS.index(best_isa()) :] if X86 else ["portable"]  # one that has a set has those behind it
+HERE = list(ISAS[ISAS.index(best_isa()) :]) if X86 else ["portable"]  # one that has a set has those behind it
+EMULATED = "emulated_amx"  # where there are pairs of bf16 but no tiles, the code for them runs on tiles in C++
+if HERE[0] == "avx512_bf16":
+    header = Path(__file__).with_name(f"{EMULATED}.h")
+    version = hashlib.sha256(header.read_bytes()).hexdigest()[:16]  # Inductor's cache does not look into it
+    flags = "-include", str(header), "-D__AMX_BF16__", f"-DHEADER=0x{version}"
+    module.FLAGS[EMULATED] = (*module.FLAGS["avx512_bf16"], *flags)
+    HERE.insert(0, EMULATED)
+PAIRING = (EMULATED, "amx_bf16", "avx512_bf16")  # take subnormal bf16 values for zero
 
 # mid and the result are rounded once each, by at most half this share of themselves; what is summed is smaller than the
 # largest output. fp32 has no such rounding: there it is the sums' order, over up to 200 terms, and erf's 1.5e-7.

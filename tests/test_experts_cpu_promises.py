@@ -39,9 +39,10 @@ def _built() -> None:
 
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nothing_behind_the_weights_is_read(isa: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("H", "F"), [(73, 41), (96, 41), (73, 64)])
+def test_nothing_behind_the_weights_is_read(isa: str, dtype: torch.dtype, H: int, F: int) -> None:
     """They end where a page begins that nobody may read; rows are no multiple of a tile, nor their length of a step."""
-    args = operands(torch.zeros(7, 1).long(), 1, H=73, F=41, layout="separate", dtype=dtype)
+    args = operands(torch.zeros(7, 1).long(), 1, H=H, F=F, layout="separate", dtype=dtype)
     expected = on(isa)(**args)
     with ExitStack() as stack:
         guarded = {name: stack.enter_context(at_the_end_of_memory(args[name])) for name in ("gate_up", "up", "down")}
@@ -178,7 +179,8 @@ def disassembly(isa: Isa, dtype: torch.dtype) -> str:
 @pytest.mark.parametrize(
     ("isa", "dtype", "has", "has_not"),
     [
-        ("avx512_bf16", torch.bfloat16, ["vdpbf16ps", "zmm"], []),
+        ("amx_bf16", torch.bfloat16, ["tdpbf16ps", "tileloadd", "ldtilecfg", "tilerelease", "prefetcht1"], []),
+        ("avx512_bf16", torch.bfloat16, ["vdpbf16ps", "zmm"], ["tile"]),
         ("avx512", torch.bfloat16, ["vfmadd", "zmm", "prefetcht1"], ["vdpbf16ps"]),
         ("avx512", torch.float16, ["vcvtph2ps"], []),
         ("avx2", torch.float32, ["vfmadd", "ymm", "prefetcht1"], ["zmm"]),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from dmoe_compile.passes.fuse_experts import Reader
 from dmoe_compile.passes.layouts import Layout
 from dmoe_compile.passes.lower import Lowering, NotFusedError
 from dmoe_compile.passes.nodes import Sources
+from dmoe_compile.passes.readings import Bank, Form
 from dmoe_compile.passes.sites import Refusal, Site
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -312,13 +313,24 @@ def test_a_gpu_is_known_by_its_architecture(
     assert lower.gpu_of(torch.device("cuda")) is GPUS[found]
 
 
-def test_amx_is_left_to_onednn_where_experts_have_many_tokens(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    monkeypatch.setattr(lower, "available", lambda dtype: True)
-    few, many = on(site, "cpu", 64), on(site, "cpu", 65)  # 16 experts, 4 a token
-    assert lower._cpu_reason(few) == ""
-    assert "over 16 tokens each" in lower._cpu_reason(many)
-    assert lower._cpu_reason(on(site, "cpu", 65, torch.float32)) == ""
+@pytest.mark.parametrize(("transposed", "down_transposed"), [(True, True), (True, False), (False, True)])
+def test_by_columns_amx_is_left_to_onednn_where_experts_have_many_tokens(
+    site: Site, transposed: bool, down_transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lower, "best_isa", lambda: "amx_bf16")
+    few, many, wide = on(site, "cpu", 64), on(site, "cpu", 65), on(site, "cpu", 65, torch.float32)  # 16 experts, 4 each
+    bank = Bank(site.hidden, (), Form("concatenated", transposed, down_transposed, "silu", 1, 1))
+    by_rows = Bank(site.hidden, (), Form("concatenated", False, False, "silu", 1, 1))
+
+    def found(site: Site, bank: Bank = bank, experts: Literal[True, "auto"] = "auto") -> Bank | str:
+        reader: Any = SimpleNamespace(read=lambda site: bank)
+        return Lowering(reader, experts).bank(site)
+
+    assert "over 16 tokens each" in str(found(many))
+    assert found(many, experts=True) is found(few) is found(wide) is bank
+    assert found(many, by_rows) is by_rows
+    monkeypatch.setattr(lower, "best_isa", lambda: "avx512_bf16")
+    assert found(many) is bank
 
 
 def test_a_graph_without_a_router_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
