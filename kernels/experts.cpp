@@ -109,12 +109,12 @@ class Layer {
     Room room(Pieces& memory) const {
         const int64_t copied = std::max(First::kCopyFloats, Second::kCopyFloats);
         const int64_t stride = Rows<Widening<float>>::copy_stride(std::max(call_.hidden_size, call_.width));
-        const int64_t outputs = kGroup * std::max(2 * First::kBlock, Second::kBlock);
+        const int64_t outputs = std::max(2 * First::kBlock, Second::kBlock);
         const int64_t most = std::min(kGroup, call_.num_tokens * call_.top_k);
-        const int64_t first = First::panel_bytes(most, call_.hidden_size);
-        const int64_t second = Second::panel_bytes(most, call_.width);
+        const int64_t panel = std::max(
+            First::panel_bytes(most, call_.hidden_size), Second::panel_bytes(most, call_.width));
         return {memory.take<Vec>(Rows<Widening<float>>::kBlock * kTokens), memory.take<float>(copied * stride),
-                memory.take<char>(std::max(first, second)), memory.take<float>(outputs), memory.take<float>(std::max(2 * First::kBlock, Second::kBlock))};
+                memory.take<char>(panel), memory.take<float>(kGroup * outputs), memory.take<float>(outputs)};
     }
 
     // Sorts pairs by expert. The one place that looks at ids: those outside [0, E) are not routed.
@@ -170,20 +170,18 @@ class Layer {
     // mid for the rows of a share; `then` is read next.
     void gate_up(const Share& share, const Room& room, const void* then) const {
         [[maybe_unused]] const typename First::Setup setup;
-        const bool in_turn = call_.layout == Layout::kInterleaved;
+        const bool in_turn = call_.layout == Layout::kInterleaved, two = two_blocks();
         const int64_t block = in_turn ? First::kBlock / 2 : First::kBlock;
         for (int64_t a = 0; a < num_active_; ++a) {
             const int64_t e = active_[a], group = group_of(e);
-            const void* after = a + 1 < num_active_ ? gate_weights(active_[a + 1], share.begin) : then;
             for (int64_t p = starts_[e]; p < starts_[e + 1]; p += group) {
                 const int64_t tokens = std::min(group, starts_[e + 1] - p);
+                const int64_t following = p + group < starts_[e + 1] ? a : a + 1;
+                const void* after = following < num_active_ ? gate_weights(active_[following], share.begin) : then;
                 First::gather(xs_ + p, tokens, call_.hidden_size, room.panel);
                 for (int64_t i = share.begin; i < share.end; i += block) {
                     const int64_t count = std::min(block, share.end - i);
-                    const void* next = i + block < share.end       ? gate_weights(e, i + block)
-                                       : p + group < starts_[e + 1] ? gate_weights(e, share.begin)
-                                                                    : after;
-                    const bool two = two_blocks();
+                    const void* next = i + block < share.end ? gate_weights(e, i + block) : after;
                     const Element *gate = gate_weights(e, i), *up = two ? up_weights(e, i) : nullptr;
                     const int64_t stride = First::stride(gate_size(), call_.hidden_size);
                     Block<Element> of{gate, stride, in_turn ? 2 * count : count, call_.hidden_size, two ? up : next};
