@@ -31,18 +31,9 @@ struct Tiles {
     static constexpr int64_t kUnit = kRows;
     static constexpr int64_t kCopyFloats = kBlock / 2;
 
-    // A thread's tiles, all of them whole, from here to the end of a phase.
-    class Setup {
-      public:
-        Setup() {
-            struct {
-                uint8_t palette = 1, start_row = 0, reserved[14] = {};
-                uint16_t bytes[16] = {kLine, kLine, kLine, kLine, kLine, kLine, kLine, kLine};
-                uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide};
-            } config;
-            barrier();
-            _tile_loadconfig(&config);
-        }
+    // A thread's tiles are its own from here to the end of a phase.
+    struct Setup {
+        Setup() = default;
         Setup(const Setup&) = delete;
         Setup& operator=(const Setup&) = delete;
         ~Setup() { _tile_release(); }
@@ -54,8 +45,11 @@ struct Tiles {
     static void put(Input* row, int64_t at, Vec values, int64_t count) { Pairing::put(row, at, values, count); }
     static int64_t panel_bytes(int64_t tokens, int64_t depth) { return padded(tokens, kSide) * padded(depth) * 2; }
 
-    // Turns an expert's tokens: panel is [tokens / 16, depth / 32] tiles.
+    // Turns an expert's tokens: panel is [tokens / 16, depth / 32] tiles, of fewer columns where there are fewer tokens.
     static void gather(const Input* const* inputs, int64_t tokens, int64_t depth, char* panel) {
+        const int64_t columns = std::min(tokens, kSide);
+        const auto mask = static_cast<__mmask16>((1u << columns) - 1);
+        configure(columns);
         for (int64_t first = 0; first < tokens; first += kSide) {
             const Input* rows[kSide];
             for (int64_t i = 0; i < kSide; ++i) rows[i] = inputs[std::min(first + i, tokens - 1)];
@@ -63,7 +57,7 @@ struct Tiles {
                 Vec v[kSide];
                 UNROLL for (int i = 0; i < kSide; ++i) v[i] = load(rows[i] + k);
                 transpose(v, std::make_integer_sequence<int, kWidth>{});
-                UNROLL for (int i = 0; i < kSide; ++i, panel += kLine) store(panel, v[i]);
+                UNROLL for (int i = 0; i < kSide; ++i, panel += 4 * columns) _mm512_mask_storeu_ps(panel, mask, v[i]);
             }
         }
     }
@@ -72,11 +66,12 @@ struct Tiles {
     static void multiply(
         Block<Weight> block, const Input* const* /*inputs*/, int64_t tokens, const Room& room, float* out) {
         const int64_t tiles = pieces(tokens, kSide), steps = pieces(block.depth, kStep);
+        const int64_t width = 4 * std::min(tokens, kSide);
         Ahead ahead = ahead_of(block, pieces(tiles, 2) * steps);
         const bool rows = block.count > kSide;
         if (block.count < kBlock || block.depth % kStep) copy_whole(block, reinterpret_cast<Weight*>(room.copy));
         for (int64_t tile = 0; tile < tiles; tile += 2) {
-            const Tile at{block.weights, block.stride, steps, room.panel + tile * steps * kTile, room.sums};
+            const Tile at{block.weights, block.stride, steps, room.panel + tile * steps * kTile, width, room.sums};
             const bool columns = tile + 1 < tiles;
             rows ? (columns ? at.multiply<true, true>(ahead) : at.multiply<true, false>(ahead))
                  : (columns ? at.multiply<false, true>(ahead) : at.multiply<false, false>(ahead));
@@ -99,6 +94,7 @@ struct Tiles {
         const Weight* weights;
         int64_t stride, steps;
         const char* panel;
+        int64_t width;  // bytes of a row of tokens
         Vec* sums;
 
         template <bool kTwoOfRows, bool kTwoOfTokens>
@@ -115,7 +111,7 @@ struct Tiles {
             for (int64_t k = 0; k < steps; ++k) {
                 for (int64_t i = 0; i < lines; ++i, at += kLine) __builtin_prefetch(at, 0, 2);
                 _tile_loadd(4, low + k * kStep, bytes);
-                _tile_loadd(6, first + k * kTile, kLine);
+                _tile_loadd(6, first + k * kSide * width, width);
                 _tile_dpbf16ps(0, 4, 6);
                 if constexpr (kTwoOfTokens) {
                     _tile_loadd(7, second + k * kTile, kLine);
@@ -135,6 +131,20 @@ struct Tiles {
             barrier();
         }
     };
+
+    // Tiles 0 to 3 and 6 and 7 have as many columns as there are tokens.
+    static void configure(int64_t columns) {
+        struct {
+            uint8_t palette = 1, start_row = 0, reserved[14] = {};
+            uint16_t bytes[16];
+            uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide};
+        } config;
+        const uint16_t c = static_cast<uint16_t>(4 * columns);
+        const uint16_t all[16] = {c, c, c, c, kLine, kLine, c, c};
+        std::memcpy(config.bytes, all, sizeof all);
+        barrier();
+        _tile_loadconfig(&config);
+    }
 
     // Tiles are read whole: what has no whole ones is copied, with zeros behind it.
     static void copy_whole(Block<Weight>& block, Weight* copy) {
