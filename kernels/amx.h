@@ -23,13 +23,10 @@ inline void transpose(Vec* v, std::integer_sequence<int, kLanes...> lanes) {
     if constexpr (kSpan > 1) transpose<kSpan / 2>(v, lanes);
 }
 
-struct Tiles {
-    using Weight = BFloat;
-    using Input = BFloat;
+struct Tiles : Rows<Pairing> {
     static constexpr int64_t kSide = 16;  // rows of a tile, each of kLine bytes
-    static constexpr int64_t kBlock = 2 * kSide;
-    static constexpr int64_t kUnit = kRows;
     static constexpr int64_t kCopyFloats = kBlock / 2;
+    static_assert(kBlock == 2 * kSide);
 
     // A thread's tiles are its own from here to the end of a phase.
     struct Setup {
@@ -39,10 +36,6 @@ struct Tiles {
         ~Setup() { _tile_release(); }
     };
 
-    static int64_t stride(int64_t /*outputs*/, int64_t depth) { return depth; }
-    static int64_t offset(int64_t row, int64_t depth) { return row * depth; }
-    static void prepare(const Weight* row, int64_t size, Input* to) { Pairing::prepare(row, size, to); }
-    static void put(Input* row, int64_t at, Vec values, int64_t count) { Pairing::put(row, at, values, count); }
     static int64_t panel_bytes(int64_t tokens, int64_t depth) { return padded(tokens, kSide) * padded(depth) * 2; }
 
     // Turns an expert's tokens: panel is [tokens / 16, depth / 32] tiles, of fewer columns where there are fewer tokens.
